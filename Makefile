@@ -1,0 +1,78 @@
+# Needs python3 (3.11 or newer), python3-venv and make. Everything else goes into .venv, at the versions of
+# constraints.txt, and is installed again only when that file or pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench bench-micro bench-deps clean
+
+help:
+	@echo "make run         start three store nodes and the services, place an order, lose the leader, place another"
+	@echo "make test        lint, types and all tests"
+	@echo "make lint        ruff and mypy only"
+	@echo "make bench       the core benchmark beside its peers (BENCH='core --quick' chooses which)"
+	@echo "make bench-micro what the hot functions cost, one by one"
+	@echo "make bench-deps  install those peers: etcd, PostgreSQL, Redis, wrk (Debian packages; asks for root)"
+	@echo "make clean       remove .venv, caches and ./data"
+
+# One recipe makes both: $(1) is the extras to install. pip's output is shown only when it fails.
+# PIP_CONSTRAINT, unlike -c, also holds inside pip's build environments; pysyncobj comes as source and is built there.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "$(PYTHON) is too old: Python 3.11 or newer is needed (PYTHON=... chooses another)"; exit 1; }
+	@test -x $(BIN)/python || { echo "Creating the virtual environment $(VENV)"; $(PYTHON) -m venv $(VENV); } \
+	    || { rm -rf $(VENV); echo "Install python3-venv, then try again"; exit 1; }
+	@echo "Installing kvstore[$(1)] and what it needs into $(VENV)"
+	@PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --use-pep517 \
+	    --editable '.[$(1)]' > $(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log; exit 1; }
+	@touch $@
+endef
+
+$(VENV)/installed-to-run: pyproject.toml constraints.txt
+	$(call install,dev)
+
+$(VENV)/installed-to-test: pyproject.toml constraints.txt
+	$(call install,dev$(comma)test$(comma)bench)
+	@touch $(VENV)/installed-to-run
+
+comma := ,
+
+run: $(VENV)/installed-to-run
+	@echo "Starting what the Procfile lists; data in ./data; Ctrl-C stops it"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONUNBUFFERED=1 $(BIN)/honcho start || test $$? -eq 130
+
+lint: $(VENV)/installed-to-test
+	@echo "ruff check"
+	@$(BIN)/ruff check .
+	@echo "ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "mypy --strict"
+	@$(BIN)/mypy kvstore services bench
+
+test: lint
+	@echo "pytest"
+	@$(BIN)/python -m pytest
+
+BENCH ?= core
+bench: $(VENV)/installed-to-test
+	@echo "python -m bench $(BENCH)"
+	@$(BIN)/python -m bench $(BENCH)
+
+bench-micro: $(VENV)/installed-to-test
+	@echo "python -m bench micro"
+	@$(BIN)/python -m bench micro
+
+BENCH_PACKAGES := etcd-server etcd-client postgresql redis-server redis-tools wrk
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+bench-deps:
+	@echo "Installing $(BENCH_PACKAGES)"
+	@$(SUDO) apt-get update -q
+	@$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+	    --no-upgrade $(BENCH_PACKAGES)
+	@echo "Debian may have started these as services. The benchmarks never touch them, but they take CPU: stop them first"
+
+clean:
+	@echo "Removing $(VENV), caches and ./data"
+	@rm -rf $(VENV) data build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,131 @@
+"""What a request may be, whatever the state: sizes, counts, shapes. Pure.
+
+A door calls `check_mutation` or `check_read` before a request goes any further, so nothing that fails here ever
+reaches a log entry. What depends on the state (a missing lease, a refused Add) is not judged here but in `apply`.
+"""
+
+from __future__ import annotations
+
+from kvstore import model
+from kvstore.errors import Refused
+from kvstore.model import Add, Compact, Compare, Delete, Put, Range, Target, Txn
+
+
+def check_mutation(request: model.Mutation, size_bytes: int) -> None:
+    """Raises `Refused`, with the limit in the message. `size_bytes` is the encoded request's size."""
+    if size_bytes > model.REQUEST_BYTES_MAX:
+        raise Refused(
+            f"request of {size_bytes} bytes is over the limit of {model.REQUEST_BYTES_MAX}; split it",
+            code="request_too_large",
+        )
+    kind = type(request)
+    if kind is Txn:
+        _check_txn(request, (), 1)  # type: ignore[arg-type]
+    elif kind in (Put, Delete, Range, Add):
+        _check_operation(request, ())  # type: ignore[arg-type]
+    elif kind is Compact and request.revision < 1:  # type: ignore[union-attr]
+        raise Refused("revision must be at least 1", code="invalid_request")
+
+
+def check_read(request: Range | Txn, size_bytes: int) -> None:
+    """Raises `Refused`; also where a transaction holds anything but ranges."""
+    check_mutation(request, size_bytes)
+    if isinstance(request, Txn) and not is_read_only(request):
+        raise Refused("a read may hold only ranges; send a transaction that writes as a write", code="invalid_request")
+
+
+def is_read_only(txn: Txn) -> bool:
+    """True if no branch writes."""
+    for operation in (*txn.success, *txn.failure):
+        if isinstance(operation, Txn):
+            if not is_read_only(operation):
+                return False
+        elif not isinstance(operation, Range):
+            return False
+    return True
+
+
+def _check_txn(txn: Txn, path: tuple[int, ...], depth: int) -> int:
+    if depth > model.TXN_DEPTH_MAX:
+        raise Refused(
+            f"transactions nested deeper than {model.TXN_DEPTH_MAX}", code="too_many_operations", operation=path
+        )
+    for compare in txn.compare:
+        _check_compare(compare, path)
+    count = len(txn.compare) + len(txn.success) + len(txn.failure)
+    position = 0
+    for branch in (txn.success, txn.failure):
+        for position, operation in enumerate(branch):
+            where = (*path, position)
+            if type(operation) is Txn:
+                count += _check_txn(operation, where, depth + 1)
+            else:
+                _check_operation(operation, where)
+    if count > model.TXN_OPERATIONS_MAX:
+        raise Refused(
+            f"{count} operations and compares in one transaction; the limit is {model.TXN_OPERATIONS_MAX}",
+            code="too_many_operations",
+            operation=path,
+        )
+    return count
+
+
+def _check_operation(operation: Put | Delete | Range | Add | Txn, path: tuple[int, ...]) -> None:
+    kind = type(operation)
+    if kind is Put:
+        _check_key(operation.key, path)  # type: ignore[union-attr]
+        size = len(operation.value)  # type: ignore[union-attr]
+        if size > model.VALUE_BYTES_MAX:
+            raise Refused(
+                f"value of {size} bytes is over the limit of {model.VALUE_BYTES_MAX}",
+                code="value_too_large",
+                operation=path,
+            )
+    elif kind is Add:
+        _check_add(operation, path)  # type: ignore[arg-type]
+    else:
+        assert isinstance(operation, (Delete, Range))
+        _check_range(operation.start, operation.end, path)
+        if isinstance(operation, Range) and (operation.limit < 0 or operation.revision < 0):
+            raise Refused("limit and revision must not be negative", code="invalid_range", operation=path)
+
+
+def _check_add(add: Add, path: tuple[int, ...]) -> None:
+    _check_key(add.key, path)
+    for name, number in (("delta", add.delta), ("min", add.min), ("max", add.max)):
+        if number is not None and not model.INT64_MIN <= number <= model.INT64_MAX:
+            raise Refused(f"{name} of Add is no signed 64-bit number", code="invalid_request", operation=path)
+    if add.min is not None and add.max is not None and add.min > add.max:
+        raise Refused("min of Add is above its max", code="invalid_request", operation=path)
+
+
+def _check_compare(compare: Compare, path: tuple[int, ...]) -> None:
+    _check_range(compare.key, compare.end, path)
+    if isinstance(compare.operand, bytes) is not (compare.target is Target.VALUE):
+        raise Refused("a compare on VALUE takes bytes, any other a number", code="invalid_request", operation=path)
+    if isinstance(compare.operand, int) and not model.INT64_MIN <= compare.operand <= model.INT64_MAX:
+        raise Refused("operand of a compare is no signed 64-bit number", code="invalid_request", operation=path)
+
+
+def _check_key(key: bytes, path: tuple[int, ...]) -> None:
+    if not key:
+        raise Refused("a key must not be empty", code="key_empty", operation=path)
+    if len(key) > model.KEY_BYTES_MAX:
+        raise Refused(
+            f"key of {len(key)} bytes is over the limit of {model.KEY_BYTES_MAX}", code="key_too_large", operation=path
+        )
+
+
+def _check_range(start: bytes, end: bytes | None, path: tuple[int, ...]) -> None:
+    if end is None:
+        _check_key(start, path)
+        return
+    for key in (start, end):
+        if len(key) > model.KEY_BYTES_MAX:
+            raise Refused(
+                f"key of {len(key)} bytes is over the limit of {model.KEY_BYTES_MAX}",
+                code="key_too_large",
+                operation=path,
+            )
+    if end and end < start:
+        raise Refused("a range's end is below its start", code="invalid_range", operation=path)

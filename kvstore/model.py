@@ -1,0 +1,309 @@
+"""Requests and results as data. No behaviour lives here beyond what a type means.
+
+All are msgspec structs that travel as msgpack arrays with an integer tag in front, so one C call decodes and type
+checks a request (see `codec.py`). A tag or a field's place never changes; new fields go at the end, with a default.
+
+Keys and values are bytes. A **range** is `[start, end)`; `end=None` means the one key `start`, and `end=b""` means
+no upper bound. `prefix_end` gives the end of a prefix.
+
+A **revision** counts the store's changes: every transaction that changes something takes the next one. A **record**'s
+`create_revision`, `mod_revision` and `version` have etcd's meanings.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple, Union
+
+from msgspec import Struct
+
+# --- limits (design section 5); each is refused with the limit in the message ----------------------------------------
+
+KEY_BYTES_MAX = 4 * 1024
+VALUE_BYTES_MAX = 1024 * 1024
+REQUEST_BYTES_MAX = 1536 * 1024
+RESULT_BYTES_MAX = 1024 * 1024
+TXN_OPERATIONS_MAX = 1024
+TXN_DEPTH_MAX = 8  # nested transactions; deeper ones would only hide how many operations there are
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """The smallest key above every key that starts with `prefix`; `b""` (no bound) where there is none."""
+    trimmed = prefix.rstrip(b"\xff")
+    return trimmed[:-1] + bytes([trimmed[-1] + 1]) if trimmed else b""
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+class Record(Struct, array_like=True, frozen=True, gc=False):
+    """One key as it stands at a revision. `version` counts its changes since it was created, from 1."""
+
+    key: bytes
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    version: int
+    lease: int = 0
+
+
+# --- operations: they stand alone or inside a transaction ------------------------------------------------------------
+
+
+class Put(Struct, array_like=True, frozen=True, gc=False, tag=1):
+    """Set `key` to `value`. `lease` 0 is none; `prev` asks for the record as it was."""
+
+    key: bytes
+    value: bytes
+    lease: int = 0
+    prev: bool = False
+
+
+class Delete(Struct, array_like=True, frozen=True, gc=False, tag=2):
+    """Delete a key or a range. Deleting what is not there changes nothing."""
+
+    start: bytes
+    end: bytes | None = None
+    prev: bool = False
+
+
+class SortBy(IntEnum):
+    KEY = 0
+    VERSION = 1
+    CREATE_REVISION = 2
+    MOD_REVISION = 3
+    VALUE = 4
+
+
+class Range(Struct, array_like=True, frozen=True, gc=False, tag=3):
+    """Read a key or a range.
+
+    `limit` 0 is none (the result's size is bounded all the same: `more` says that something was left out, and the
+    next page starts after the last key). `revision` 0 is the newest. `count` in the result is always the number of
+    records in the whole range, when `count_only` or `limit` ask for less than all of them.
+    """
+
+    start: bytes
+    end: bytes | None = None
+    limit: int = 0
+    revision: int = 0
+    keys_only: bool = False
+    count_only: bool = False
+    reverse: bool = False
+    sort: SortBy = SortBy.KEY
+
+
+class Add(Struct, array_like=True, frozen=True, gc=False, tag=4):
+    """Add `delta` to a signed 64-bit decimal; an absent key counts as 0. Keeps the record's lease.
+
+    A result outside `[min, max]`, an overflow, or a value that is no number refuses the whole transaction.
+    """
+
+    key: bytes
+    delta: int
+    min: int | None = None
+    max: int | None = None
+
+
+class Target(IntEnum):
+    """What a compare looks at. `COUNT` is the number of records in the range; the others hold for each record in it."""
+
+    VALUE = 0
+    NUMBER = 1
+    VERSION = 2
+    CREATE_REVISION = 3
+    MOD_REVISION = 4
+    LEASE = 5
+    COUNT = 6
+
+
+class Relation(IntEnum):
+    EQUAL = 0
+    NOT_EQUAL = 1
+    LESS = 2
+    GREATER = 3
+
+
+class Compare(Struct, array_like=True, frozen=True, gc=False):
+    """One condition on the state before the transaction.
+
+    On a single key (`end=None`) an absent record has version, revisions, lease and count 0, number 0, and no value:
+    a compare on VALUE with an absent record is false, whatever the relation. With a range, the condition must hold
+    for every record in it (an empty range satisfies all but COUNT). `operand` is bytes for VALUE, int for the others.
+    """
+
+    key: bytes
+    target: Target
+    relation: Relation
+    operand: bytes | int
+    end: bytes | None = None
+
+
+class Txn(Struct, array_like=True, frozen=True, tag=5):
+    """If every compare holds, do `success`, else `failure`, in one revision. A key is written at most once in it."""
+
+    compare: tuple[Compare, ...] = ()
+    success: tuple[Operation, ...] = ()
+    failure: tuple[Operation, ...] = ()
+
+
+Operation = Union[Put, Delete, Range, Add, Txn]
+
+
+# --- requests that are no operation ----------------------------------------------------------------------------------
+
+
+class OpenSession(Struct, array_like=True, frozen=True, gc=False, tag=16):
+    """Open a session. Its id is never reused."""
+
+
+class CloseSession(Struct, array_like=True, frozen=True, gc=False, tag=17):
+    """Close the session that carries this request."""
+
+
+class KeepSession(Struct, array_like=True, frozen=True, gc=False, tag=18):
+    """Renew the session that carries this request; nothing else."""
+
+
+class ExpireSessions(Struct, array_like=True, frozen=True, gc=False, tag=19):
+    """End every session whose time has passed in log time. Proposed by the leader, never by a client."""
+
+
+class Compact(Struct, array_like=True, frozen=True, gc=False, tag=20):
+    """Forget history below `revision`: reads at an older one are refused from then on."""
+
+    revision: int
+
+
+Mutation = Union[Put, Delete, Add, Range, Txn, OpenSession, CloseSession, KeepSession, ExpireSessions, Compact]
+"""What may stand in a log entry. (A Range stands there only inside a transaction that also writes, or when a client
+asks for its read to be ordered with its writes.)"""
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+class PutResult(Struct, array_like=True, frozen=True, gc=False, tag=1):
+    revision: int
+    prev: Record | None = None
+
+
+class DeleteResult(Struct, array_like=True, frozen=True, gc=False, tag=2):
+    revision: int
+    deleted: int
+    prev: tuple[Record, ...] = ()
+
+
+class RangeResult(Struct, array_like=True, frozen=True, gc=False, tag=3):
+    """`revision` is the store's when the range was read, also where the range itself was read at an older one."""
+
+    revision: int
+    records: tuple[Record, ...]
+    count: int
+    more: bool = False
+
+
+class AddResult(Struct, array_like=True, frozen=True, gc=False, tag=4):
+    revision: int
+    value: int
+
+
+class TxnResult(Struct, array_like=True, frozen=True, tag=5):
+    revision: int
+    succeeded: bool
+    results: tuple[OperationResult, ...]
+
+
+class SessionResult(Struct, array_like=True, frozen=True, gc=False, tag=16):
+    """Answer to OpenSession, CloseSession and KeepSession. `ttl_ms` is how long a session lives without a request."""
+
+    session: int
+    ttl_ms: int
+
+
+class CompactResult(Struct, array_like=True, frozen=True, gc=False, tag=20):
+    revision: int
+
+
+class DoneResult(Struct, array_like=True, frozen=True, gc=False, tag=21):
+    """Answer to a request that has nothing more to say. `count` is how many things it acted on."""
+
+    revision: int
+    count: int = 0
+
+
+class ErrorResult(Struct, array_like=True, frozen=True, gc=False, tag=127):
+    """A refusal, as a result: the request changed nothing. `operation` is as in `errors.KvError`."""
+
+    code: str
+    message: str
+    operation: tuple[int, ...] = ()
+
+
+OperationResult = Union[PutResult, DeleteResult, RangeResult, AddResult, TxnResult]
+Result = Union[
+    PutResult,
+    DeleteResult,
+    RangeResult,
+    AddResult,
+    TxnResult,
+    SessionResult,
+    CompactResult,
+    DoneResult,
+    ErrorResult,
+]
+
+
+# --- the cluster, as its users see it --------------------------------------------------------------------------------
+
+
+class Member(Struct, array_like=True, frozen=True, gc=False):
+    """A member of the configuration. `voter` is false for a learner. `node_id` is empty until the node has said it."""
+
+    name: str
+    peer_address: str
+    client_address: str
+    node_id: str
+    voter: bool
+
+
+class PeerStatus(Struct, array_like=True, frozen=True, gc=False):
+    """How a leader sees a peer: connected or not, and the last log index it is known to hold."""
+
+    name: str
+    connected: bool
+    match_index: int
+
+
+class NodeStatus(Struct, array_like=True, frozen=True):
+    """What one node says of itself. `leader` is empty where it knows none."""
+
+    name: str
+    cluster_id: str
+    role: str
+    leader: str
+    leader_client_address: str
+    term: int
+    commit_index: int
+    applied_index: int
+    last_index: int
+    durable_index: int
+    revision: int
+    members: tuple[Member, ...]
+    peers: tuple[PeerStatus, ...]
+    storage_error: str = ""
+    version: str = ""
+    digest: str = ""
+
+
+# --- what consensus and the state machine hand each other, beside bytes -----------------------------------------------
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint directory holds: the state after applying `index`, whose entry had `term`. `members` is the
+    payload of the last MEMBERS entry by then."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    term: int
+    members: bytes

@@ -1,0 +1,176 @@
+"""What a leader does about the cluster itself: membership changes, and handing its leadership over.
+
+One membership change at a time, and only once an entry of the leader's own term is committed (fault 7, and the bug in
+single-server changes that Ongaro announced in 2015). The leader removes others, never itself: it hands over first.
+
+A hand-over (thesis, 3.10) stops proposals, waits until the target holds the whole log, then tells it to start an
+election; if nothing comes of it in time, this node leads on. The engine's own transfer is refused while one entry is in
+flight, so never succeeds under load (fault 19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from kvstore.env import Log
+from kvstore.errors import KvError, Refused, Unavailable
+from kvstore.model import Member
+from kvstore.raft.fsm import EntryKind
+from kvstore.raft.members import Configuration
+from kvstore.raft.messages import Message, TimeoutNow
+from kvstore.raft.wal import Wal
+
+# A new voter that is far behind would hold up commits; this many entries are caught up with in under a second.
+PROMOTE_BEHIND_MAX = 1000
+
+Done = Callable[[KvError | None], None]
+
+
+class Leader(Protocol):
+    """What this needs of the node. `alive` are the members that it hears, itself among them."""
+
+    @property
+    def accepting(self) -> bool: ...
+    @property
+    def term(self) -> int: ...
+    @property
+    def committed(self) -> int: ...
+    def match_index(self, peer: str) -> int: ...
+    def alive(self) -> set[str]: ...
+    def propose_entry(self, entry: bytes, done: Callable[[Any, KvError | None], None]) -> None: ...
+
+
+class _HandOver:
+    __slots__ = ("deadline", "done", "sent", "target")
+
+    def __init__(self, target: str, deadline: float, done: Done) -> None:
+        self.target = target
+        self.deadline = deadline
+        self.done = done
+        self.sent = False
+
+
+class Changes:
+    """`members` is the configuration in force; the node keeps it up to date."""
+
+    def __init__(self, name: str, leader: Leader, wal: Wal, send: Callable[[str, Message], None], log: Log) -> None:
+        self._name = name
+        self._leader = leader
+        self._wal = wal
+        self._send = send
+        self._log = log
+        self.members = Configuration()
+        self._proposed = False  # a change was handed to the node and is not in the log yet
+        self._hand_over: _HandOver | None = None
+
+    # --- membership ---------------------------------------------------------------------------------------------------
+
+    def add_learner(self, member: Member, done: Done) -> None:
+        self._change(lambda: self.members.add_learner(member), done)
+
+    def promote(self, name: str, done: Done) -> None:
+        """Make a learner that has caught up a voter."""
+
+        def change() -> Configuration:
+            changed = self.members.promote(name, self._leader.alive())
+            behind = self._leader.committed - self._leader.match_index(name)
+            if behind > PROMOTE_BEHIND_MAX:
+                raise Refused(f"{name} is {behind} entries behind; wait until it has caught up", code="not_caught_up")
+            return changed
+
+        self._change(change, done)
+
+    def remove(self, name: str, done: Done) -> None:
+        def change() -> Configuration:
+            if name == self._name:
+                raise Refused(
+                    f"{name} leads the cluster: hand leadership over first (`kvstore leave` does both)",
+                    code="cannot_remove_leader",
+                )
+            return self.members.remove(name, self._leader.alive())
+
+        self._change(change, done)
+
+    def identify(self, seen: dict[str, Member]) -> bool:
+        """Record what members said of themselves: node ids, so that a wiped node is known for what it is, and
+        addresses, which may change when a node moves. False: not now, try again."""
+        identified = self.members.identify(seen)
+        if identified != self.members:
+            if not self._leader.accepting or self._under_way():
+                return False
+            self._propose(identified, lambda _error: None)
+        return True
+
+    def _change(self, change: Callable[[], Configuration], done: Done) -> None:
+        if not self._leader.accepting:
+            done(Unavailable("this node does not lead now", code="not_leader"))
+        elif self._under_way():
+            done(Unavailable("another membership change is under way; try again", code="membership_busy"))
+        else:
+            try:
+                changed = change()
+            except Refused as error:
+                done(error)
+                return
+            self._propose(changed, done)
+
+    def _propose(self, changed: Configuration, done: Done) -> None:
+        described = [f"{member.name}{'' if member.voter else ' (learner)'}" for member in changed.members]
+        self._log.info("membership change", members=described)
+        self._proposed = True
+
+        def finished(_result: Any, error: KvError | None) -> None:
+            self._proposed = False
+            done(error)
+
+        self._leader.propose_entry(changed.entry(), finished)
+
+    def _under_way(self) -> bool:
+        wal, committed = self._wal, self._leader.committed
+        if self._proposed or wal.term_at(committed) != self._leader.term:
+            return True
+        return any(entry[0][0] == EntryKind.MEMBERS for entry in wal.entries[committed + 1 - wal.first_index :])
+
+    # --- hand-over ----------------------------------------------------------------------------------------------------
+
+    @property
+    def handing_over(self) -> bool:
+        return self._hand_over is not None
+
+    @property
+    def due(self) -> float | None:
+        """When a hand-over that is under way is given up."""
+        return self._hand_over.deadline if self._hand_over is not None else None
+
+    def transfer(self, name: str, deadline: float, done: Done) -> None:
+        """Hand leadership to `name`, or to the voter that holds most where `name` is empty."""
+        if not self._leader.accepting:
+            done(Unavailable("this node does not lead now", code="not_leader"))
+            return
+        candidates = (self.members.voters & self._leader.alive()) - {self._name}
+        target = name or max(sorted(candidates), key=self._leader.match_index, default="")
+        if target not in candidates:
+            what = f"{name} is no other voter that can be reached" if name else "no other voter can be reached"
+            done(Unavailable(f"{what}; leadership stays here", code="transfer_failed"))
+            return
+        self._hand_over = _HandOver(target, deadline, done)
+
+    def step(self, now: float) -> None:
+        """Once a turn of a leader."""
+        hand_over = self._hand_over
+        if hand_over is None:
+            return
+        if now > hand_over.deadline:
+            self._hand_over = None
+            why = f"{hand_over.target} did not take over in time; leadership stays here"
+            hand_over.done(Unavailable(why, code="transfer_failed"))
+        elif not hand_over.sent and self._leader.match_index(hand_over.target) == self._wal.last_index:
+            hand_over.sent = True
+            self._send(hand_over.target, TimeoutNow(self._leader.term))
+
+    def leadership_lost(self) -> None:
+        """A hand-over ends well when this node leads no more."""
+        hand_over, self._hand_over = self._hand_over, None
+        if hand_over is not None:
+            hand_over.done(None)

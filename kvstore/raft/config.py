@@ -1,0 +1,39 @@
+"""What a Raft node is told, and what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from kvstore.model import Member, PeerStatus
+
+
+class RaftConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`members` is the configuration to begin with, where neither state nor log holds one: of a new cluster, or, for a
+    node that joins, the cluster's present one. An empty `listen_address` opens no listener: a cluster of one. Times
+    in milliseconds."""
+
+    name: str
+    cluster_id: str
+    listen_address: str = ""
+    client_address: str = ""
+    members: tuple[Member, ...]
+    heartbeat_ms: int = 100
+    election_min_ms: int = 500
+    election_max_ms: int = 1000
+
+
+class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`role` is leader, candidate, follower, learner, removed or failed. `storage_error` says what failed."""
+
+    role: str
+    leader: str
+    term: int
+    commit_index: int
+    applied_index: int
+    last_index: int
+    durable_index: int
+    peers: tuple[PeerStatus, ...]
+    storage_error: str
+    dropped: Mapping[str, int]
