@@ -1,0 +1,167 @@
+"""`status`, `leave` and `member`: looking at a cluster and changing who is in it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+import msgspec
+
+from kvstore.cli.options import Connection, connection_options, output_option
+from kvstore.cli.text import print_json, print_table
+from kvstore.client.client import Client
+from kvstore.errors import KvError, OutcomeUnknown, Refused
+from kvstore.model import Member, NodeStatus
+
+# A node that does not answer its status in this time is shown as unreachable.
+_STATUS_TIMEOUT_S = 1.0
+_POLL_S = 0.05
+
+
+@click.command()
+@click.option("--digest", is_flag=True, help="Also hash each node's whole state; takes time in proportion to it.")
+@output_option
+@connection_options
+def status(digest: bool, output: str, connection: Connection) -> None:
+    """How each node of the cluster is: its role, and how far its log and state are."""
+
+    async def look(client: Client) -> list[tuple[Member, NodeStatus | KvError]]:
+        first = await client.status()
+        members = [member for member in first.members if member.client_address]
+        timeout_s = connection.timeout_s if digest else min(_STATUS_TIMEOUT_S, connection.timeout_s)
+        found = await asyncio.gather(
+            *(client.status(member.client_address, digest=digest, timeout=timeout_s) for member in members),
+            return_exceptions=True,
+        )
+        looked = []
+        for member, answer in zip(members, found, strict=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, KvError):
+                raise answer
+            looked.append((member, answer))
+        return looked
+
+    nodes = connection.call(look)
+    if output == "json":
+        print_json(
+            [
+                {"member": _plain(member), "status": None, "error": {"code": answer.code, "message": answer.message}}
+                if isinstance(answer, KvError)
+                else {"member": _plain(member), "status": _plain(answer), "error": None}
+                for member, answer in nodes
+            ]
+        )
+        return
+    print_table(
+        ("node", "address", "role", "leader", "term", "commit", "applied", "revision", "note"),
+        [_status_row(member, answer) for member, answer in nodes],
+    )
+
+
+@click.command()
+@click.argument("name")
+@connection_options
+def leave(name: str, connection: Connection) -> None:
+    """Take a node out of the cluster, alive or dead; a leader hands over first.
+
+    Refused where the rest would have no quorum. The node's process ends by itself if it runs.
+    """
+    members = connection.call(lambda client: remove_member(client, name, connection.timeout_s))
+    click.echo(f"{name} is out; members: {', '.join(member.name for member in members)}")
+
+
+async def remove_member(client: Client, name: str, timeout_s: float) -> tuple[Member, ...]:
+    """Remove a member, whoever it is. Returns the others. Raises `KvError`."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        before = await client.status()
+        voters = [member.name for member in before.members if member.voter]
+        if voters == [name]:
+            raise Refused(f"{name} is the only voter; a cluster cannot be without one", code="would_lose_quorum")
+        if before.leader == name:
+            await client.transfer_leader()
+            await _until_another_leads(client, name, deadline)
+        try:
+            return await client.member_remove(name)
+        except Refused as error:
+            # It may have become the leader again in between; bounded by the deadline.
+            if error.code != "cannot_remove_leader" or asyncio.get_running_loop().time() > deadline:
+                raise
+        except OutcomeUnknown:
+            members = (await client.status()).members
+            if all(member.name != name for member in members):
+                return members
+            raise
+
+
+async def _until_another_leads(client: Client, name: str, deadline: float) -> None:
+    while asyncio.get_running_loop().time() < deadline:
+        now = await client.status()
+        if now.leader and now.leader != name:
+            return
+        await asyncio.sleep(_POLL_S)
+
+
+@click.group()
+def member() -> None:
+    """Who is in the cluster."""
+
+
+@member.command(name="list")
+@output_option
+@connection_options
+def list_(output: str, connection: Connection) -> None:
+    """The members, and which of them has a vote."""
+    members = connection.call(lambda client: client.status()).members
+    if output == "json":
+        print_json([_plain(member) for member in members])
+        return
+    print_table(
+        ("name", "peers", "clients", "node id", "role"),
+        [(m.name, m.peer_address, m.client_address, m.node_id, "voter" if m.voter else "learner") for m in members],
+    )
+
+
+@member.command()
+@click.argument("name")
+@connection_options
+def remove(name: str, connection: Connection) -> None:
+    """The same as `kvstore leave`: take a node out, to replace a dead one with `kvstore join`."""
+    members = connection.call(lambda client: remove_member(client, name, connection.timeout_s))
+    click.echo(f"{name} is out; members: {', '.join(member.name for member in members)}")
+
+
+@member.command()
+@click.argument("name", default="")
+@connection_options
+def transfer(name: str, connection: Connection) -> None:
+    """Hand leadership to NAME, or to the node that is furthest."""
+    connection.call(lambda client: client.transfer_leader(name))
+    click.echo("leadership was handed over")
+
+
+def _status_row(member: Member, answer: NodeStatus | KvError) -> tuple[str, ...]:
+    if isinstance(answer, KvError):
+        return (member.name, member.client_address, "unreachable", "", "", "", "", "", answer.code)
+    return (
+        member.name,
+        member.client_address,
+        answer.role,
+        answer.leader,
+        str(answer.term),
+        str(answer.commit_index),
+        str(answer.applied_index),
+        str(answer.revision),
+        answer.storage_error or answer.digest,
+    )
+
+
+def _plain(data: Member | NodeStatus) -> dict[str, Any]:
+    """A struct as a JSON object: `to_builtins` would give an array, as these travel."""
+    plain = {}
+    for field, value in msgspec.structs.asdict(data).items():
+        plain[field] = [_plain(part) for part in value] if isinstance(value, tuple) else value
+    return plain
+
+
+COMMANDS: tuple[click.Command, ...] = (status, leave, member)

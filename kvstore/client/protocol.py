@@ -1,0 +1,178 @@
+"""Frames over one TCP stream: bytes in, answers out to those who wait, matched by id.
+
+No task and no future per request: an answer is a callback. What is sent during one turn of the loop leaves in one
+write. While the transport is full, frames wait here; their number is bounded by who sends them (`session.py`,
+`call.py`).
+
+A stream that owes answers and brings nothing is asked for a sign of life, and its owner is told (it may know of a new
+leader, and end this stream for it). If none comes for `SILENCE_S` the stream is given up, so that a stopped process or
+a cut cable never costs a call's whole timeout.
+
+After `asyncpg.protocol`: the protocol object is the connection, and callers meet it without a task in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from kvstore import codec
+from kvstore.codec import ClientFrame, Failure, ServerFrame, StatusRequest
+from kvstore.errors import Refused
+
+if TYPE_CHECKING:
+    from kvstore.client.connection import Sink
+
+# How long a stream that owes answers may bring nothing before it is given up. A healthy node answers within
+# milliseconds; two seconds cover a long pause of its disk or its interpreter. Giving up early would make an overloaded
+# node do its work twice.
+SILENCE_S = 2.0
+# Looks at a stream within that time; the first that finds it silent probes it and tells its owner.
+SILENT_LOOKS_MAX = 8
+
+
+class _SignOfLife:
+    """Sink of the probe: any frame at all was the answer."""
+
+    def on_frame(self, frame: ServerFrame) -> None: ...
+
+    def on_lost(self) -> None: ...
+
+
+_SIGN_OF_LIFE = _SignOfLife()
+
+
+class ClientProtocol(asyncio.Protocol):
+    """One open stream; a `connection.Channel`."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        next_id: Callable[[], int],
+        made: Callable[[ClientProtocol], None],
+        lost: Callable[[ClientProtocol, str, str], None],
+        silent: Callable[[], None],
+        silence_s: float,
+    ) -> None:
+        self._loop = loop
+        self._next_id = next_id
+        self._made = made
+        self._lost = lost
+        self._silent = silent
+        self._silence_s = silence_s
+        self._reader = codec.FrameReader()
+        self._waiting: dict[int, Sink] = {}
+        self._out: list[bytes] = []
+        self._flush_scheduled = False
+        self._writable = True
+        self._heard = False
+        self._silent_looks = 0
+        self._unsent_bytes = 0
+        self._watch: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+        self._reason = ""
+        self._code = ""
+
+    # --- the channel --------------------------------------------------------------------------------------------------
+
+    def send(self, frame: ClientFrame, sink: Sink) -> None:
+        if self._transport is None or self._reason:
+            # Between this stream's end and its owner's hearing of it: nothing was sent, yet "lost" is never wrong.
+            self._loop.call_soon(sink.on_lost)
+            return
+        self._waiting[frame.id] = sink
+        self._out.append(codec.encode_frame(frame))
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+        if self._watch is None:
+            self._heard = False
+            self._silent_looks = self._unsent_bytes = 0
+            self._watch = self._loop.call_later(self._silence_s / SILENT_LOOKS_MAX, self._look)
+
+    def forget(self, frame_id: int) -> None:
+        self._waiting.pop(frame_id, None)
+
+    @property
+    def silent(self) -> bool:
+        return self._silent_looks > 0
+
+    def close(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio ------------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._made(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        waiting = self._waiting
+        decode = codec.decode_server_frame
+        try:
+            for body in self._reader.feed(data):
+                frame = decode(body)
+                sink = waiting.pop(frame.id, None)
+                if sink is not None:
+                    sink.on_frame(frame)
+                elif frame.id == 0 and type(frame) is Failure:
+                    self._code = frame.code
+                    self.close(f"the node ended it: {frame.message} [{frame.code}]")
+                    return
+        except Refused as error:
+            self.close(f"the node sent bytes that are not ours: {error}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        self._out.clear()
+        self._reason = self._reason or (str(error) if error else "the node closed the connection")
+        self._lost(self, self._reason, self._code)
+        waiting, self._waiting = self._waiting, {}
+        for sink in waiting.values():
+            sink.on_lost()
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._flush()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        if not self._writable or not self._out or self._transport is None:
+            return
+        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+        self._out.clear()
+        self._transport.write(data)
+
+    def _look(self) -> None:
+        """Is this stream silent?"""
+        if not self._waiting or self._transport is None:
+            self._watch = None
+            return
+        unsent_bytes = self._transport.get_write_buffer_size()
+        # Bytes that are still leaving are a sign of life too: a large request on a slow line is no dead peer.
+        if self._heard or unsent_bytes != self._unsent_bytes:
+            self._silent_looks = 0
+        else:
+            self._silent_looks += 1
+            if self._silent_looks >= SILENT_LOOKS_MAX:
+                self.close(f"no answer and no sign of life for {self._silence_s} s")
+                return
+            if self._silent_looks == 1:
+                self.send(StatusRequest(self._next_id()), _SIGN_OF_LIFE)
+        self._heard = False
+        self._unsent_bytes = unsent_bytes
+        self._watch = self._loop.call_later(self._silence_s / SILENT_LOOKS_MAX, self._look)
+        if self._silent_looks:
+            self._silent()

@@ -1,0 +1,82 @@
+"""What the leader does unasked: end sessions whose time has passed, and compact history.
+
+Both are log entries like any other, so every node does the same at the same place; here stands only when to propose
+them. Looked at once a second, on the leader only, and at most one of each is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Raw
+
+from kvstore import codec, model
+from kvstore.env import Environment, Timer
+from kvstore.server.batcher import Batcher
+from kvstore.server.log_clock import LogClock
+from kvstore.server.ports import Log, Machine, Proposer
+
+# A session or lease may outlive its time by this much; looking costs microseconds.
+_INTERVAL_S = 1.0
+
+_EXPIRE = Raw(codec.encode_request(model.ExpireSessions()))
+
+
+class Chores:
+    def __init__(
+        self,
+        env: Environment,
+        raft: Proposer,
+        machine: Callable[[], Machine],
+        log_clock: LogClock,
+        batcher: Batcher,
+        log: Log,
+    ) -> None:
+        self._env = env
+        self._raft = raft
+        self._machine = machine
+        self._log_clock = log_clock
+        self._batcher = batcher
+        self._log = log
+        self._timer: Timer | None = None
+        self._expiring = False
+        self._compacting = False
+
+    def start(self) -> None:
+        self._timer = self._env.scheduler.call_later(_INTERVAL_S, self._look)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = self._env.scheduler.call_later(_INTERVAL_S, self._look)
+        if not self._raft.accepting:
+            return
+        machine = self._machine()
+        if not self._expiring and machine.expiry_due(self._log_clock.now_ms()):
+            self._expiring = True
+            self._batcher.submit(codec.Write(0, 0, 0, 0, _EXPIRE), self._expired)
+        revision = None if self._compacting else machine.compaction_due()
+        if revision is not None:
+            self._compacting = True
+            request = Raw(codec.encode_request(model.Compact(revision)))
+            self._batcher.submit(codec.Write(0, 0, 0, 0, request), self._compacted)
+
+    def _expired(self, answer: codec.ServerFrame) -> None:
+        self._expiring = False
+        self._note("expiring sessions", answer)
+
+    def _compacted(self, answer: codec.ServerFrame) -> None:
+        self._compacting = False
+        self._note("compacting history", answer)
+
+    def _note(self, chore: str, answer: codec.ServerFrame) -> None:
+        """It is tried again a second later if still due, so a failure is only worth a line."""
+        if isinstance(answer, codec.Failure):
+            self._log.warning("chore_failed", chore=chore, code=answer.code, message=answer.message)
+        elif isinstance(answer, codec.Answer):
+            result = codec.decode_result(answer.result)
+            if isinstance(result, model.ErrorResult):
+                self._log.error("chore_refused", chore=chore, code=result.code, message=result.message)

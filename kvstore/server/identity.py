@@ -1,0 +1,134 @@
+"""Who a node is: the cluster id, and what its data directory says it belongs to.
+
+The data directory holds, of the server: `LOCK` (held while a process uses the directory) and `META` (format, node
+name, cluster id), written once. `wal/` and `state/` beside them are consensus's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from kvstore.env import Files, split_address
+from kvstore.errors import StartupError
+
+DATA_FORMAT = 1
+# Names go into file names, engine ids and log lines.
+NAME_BYTES_MAX = 64
+
+
+def cluster_id(names: Iterable[str], token: str) -> str:
+    """A hash of the initial members' names and the cluster token: nodes of clusters that differ in either refuse each
+    other, so two clusters on one machine cannot mix by a mistyped address."""
+    parts = [b"kvstore cluster 1", token.encode(), *(name.encode() for name in sorted(names))]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(4, "big"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def check_name(name: str) -> str:
+    """Raises `StartupError`: a name is 1 to 64 of `a-z A-Z 0-9 . _ -`."""
+    if not 0 < len(name) <= NAME_BYTES_MAX or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
+        raise StartupError(f"{name!r} is no node name: use 1 to {NAME_BYTES_MAX} of letters, digits, '.', '_', '-'")
+    return name
+
+
+def check_loopback(address: str) -> None:
+    """Raises `StartupError(address_not_loopback)`, or `startup_failed` for what is no address."""
+    try:
+        host, _ = split_address(address)
+    except ValueError as error:
+        raise StartupError(f"{error}; give an address as host:port") from None
+    if not _is_loopback(host):
+        raise StartupError(
+            f"{address} can be reached from other machines, and there is neither TLS nor authentication yet: listen "
+            "on 127.0.0.1, or pass --insecure if everyone who can reach it may read and change everything",
+            code="address_not_loopback",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: where it leads is not ours to say
+        return False
+
+
+class _Meta(msgspec.Struct, frozen=True):
+    format: int
+    name: str
+    cluster_id: str
+
+
+class DataDirectory:
+    """A node's data directory, locked while it is open."""
+
+    def __init__(self, files: Files, path: str) -> None:
+        """Creates the directory where it is missing, and locks it. Raises `StartupError(data_dir_in_use)`."""
+        self._files = files
+        self._meta_path = f"{path}/META"
+        try:
+            files.make_dirs(path)
+            release = files.lock(f"{path}/LOCK")
+        except OSError as error:
+            raise StartupError(f"cannot use the data directory {path}: {error}") from error
+        if release is None:
+            raise StartupError(
+                f"another process uses the data directory {path}; stop it, or give this node one of its own",
+                code="data_dir_in_use",
+            )
+        self.path = path
+        self._release: Callable[[], None] | None = release
+
+    def belongs_to(self, name: str) -> str:
+        """The cluster id that the directory records; empty where it is new. Raises `StartupError`:
+        `data_format_newer`, `data_dir_mismatch` (another node's), `state_damaged`."""
+        if not self._files.exists(self._meta_path):
+            return ""
+        try:
+            raw = self._files.read(self._meta_path)
+            found = msgspec.json.decode(raw, type=dict[str, str | int]).get("format")
+            if isinstance(found, int) and found > DATA_FORMAT:
+                raise StartupError(
+                    f"{self.path} was written by a newer version (format {found}; this one knows {DATA_FORMAT}): "
+                    "start it with that version or a later one",
+                    code="data_format_newer",
+                )
+            meta = msgspec.json.decode(raw, type=_Meta)
+        except (OSError, msgspec.DecodeError) as error:
+            raise StartupError(
+                f"{self._meta_path} cannot be read ({error}): restore it from a backup, or remove this node from the "
+                "cluster and join it anew with an empty directory",
+                code="state_damaged",
+            ) from error
+        if meta.name != name:
+            raise StartupError(
+                f"{self.path} belongs to node {meta.name}, not {name}: give each node a directory of its own",
+                code="data_dir_mismatch",
+            )
+        return meta.cluster_id
+
+    def claim(self, name: str, cluster_id: str) -> None:
+        """Record whose directory this is, or hold it against what is recorded. Raises `StartupError`, as
+        `belongs_to`; `data_dir_mismatch` also for another cluster."""
+        recorded = self.belongs_to(name)
+        if not recorded:
+            self._files.replace(self._meta_path, msgspec.json.encode(_Meta(DATA_FORMAT, name, cluster_id)))
+        elif recorded != cluster_id:
+            raise StartupError(
+                f"{self.path} belongs to cluster {recorded}, not {cluster_id}: the initial member names or the "
+                "cluster token differ from those it was made with",
+                code="data_dir_mismatch",
+            )
+
+    def close(self) -> None:
+        if self._release is not None:
+            release, self._release = self._release, None
+            release()

@@ -1,0 +1,362 @@
+"""`ServerNode`: storage, state, consensus and doors, put together; and the one entry that every door uses.
+
+`handle(frame, reply)` takes a frame of the native protocol from any asker (the native door, the embedded client, later
+doors that translate into it) and gives exactly one answer through `reply`, at once or later, on the loop:
+
+- writes: checked here, then to the batcher; on a follower `not_leader` with the leader's address;
+- reads: checked here, then to `Reads`;
+- status, membership and hand-over: to consensus, whose refusals are passed on.
+
+What is wrong with a request itself (its form, its limits) is its result, an `ErrorResult`; that it was not taken, or
+that its outcome is unknown, is a `Failure`.
+
+Start: lock the directory, open consensus (which opens log and state), then the doors. Stop: doors stop reading, a
+leader hands over, what is under way is answered, doors close, consensus stops; each step bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import cast
+
+import msgspec
+from msgspec import Struct
+
+from kvstore import codec, limits, model
+from kvstore.env import Environment
+from kvstore.errors import KvError, Refused, StartupError
+from kvstore.server.batcher import Batcher
+from kvstore.server.chores import Chores
+from kvstore.server.failures import not_leading, refusal, shutting_down
+from kvstore.server.identity import DataDirectory, check_loopback, check_name
+from kvstore.server.log_clock import LogClock
+from kvstore.server.native import NativeDoor
+from kvstore.server.ports import Gate, Log, Machine, Raft, Reply
+from kvstore.server.reads import Reads, Waiting
+
+# How long a stopping leader tries to hand over: a few election timeouts. Without it the others elect one by timeout.
+HAND_OVER_S = 2.0
+# How long what was proposed may take to be answered before a stopping node gives up on it.
+DRAIN_S = 2.0
+
+
+class ServerOptions(Struct, frozen=True, kw_only=True):
+    """What one node is told.
+
+    `members` are the initial ones, this node among them; empty for a node that joins a running cluster, or that has
+    a data directory already. `cluster_id` may be empty where the directory records it. An empty `client_listen` opens
+    no door (an embedded store has none). `…_advertise` is what the others and clients are told; the listen address if
+    empty.
+    """
+
+    name: str
+    data_dir: str
+    cluster_id: str = ""
+    members: tuple[model.Member, ...] = ()
+    peer_listen: str = ""
+    client_listen: str = ""
+    peer_advertise: str = ""
+    client_advertise: str = ""
+    insecure: bool = False
+    heartbeat_ms: int = 100
+    election_min_ms: int = 500
+    election_max_ms: int = 1000
+    version: str = ""
+
+
+RaftFactory = Callable[[ServerOptions, Environment, str, Log], Raft]
+
+
+class ServerNode:
+    """One node. `start`, `handle` as often as you like, `stop`."""
+
+    def __init__(self, options: ServerOptions, env: Environment, log: Log, open_raft: RaftFactory) -> None:
+        """`open_raft(options, env, data_dir, log)` builds consensus; `assembly.build_node` knows the real one."""
+        self.options = options
+        self._env = env
+        self._log = log
+        self._open_raft = open_raft
+        self._running = False
+        self._directory: DataDirectory
+        self._raft: Raft
+        self._log_clock: LogClock
+        self._batcher: Batcher
+        self._reads: Reads
+        self._chores: Chores
+        self.door: NativeDoor | None = None
+        self.on_fatal: Callable[[KvError], None] = lambda _error: None
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Raises `StartupError`; nothing is left open then."""
+        options = self.options
+        check_name(options.name)
+        self._check_listeners()
+        self._directory = DataDirectory(self._env.files, options.data_dir)
+        try:
+            options = self.options = self._with_cluster_id(options)
+            self._directory.claim(options.name, options.cluster_id)
+            self._raft = self._open_raft(options, self._env, options.data_dir, self._log)
+            try:
+                await self._raft.start()
+            except OSError as error:
+                raise StartupError(f"cannot open the data in {options.data_dir}: {error}") from error
+            try:
+                self._assemble()
+                self._running = True
+                await self._open_door()
+            except BaseException:
+                self._running = False
+                await self._raft.stop()
+                raise
+        except BaseException:
+            self._directory.close()
+            raise
+        self._chores.start()
+
+    async def stop(self) -> None:
+        """Stop cleanly, within a few seconds whatever the others do. May be called twice."""
+        if not self._running:
+            return
+        self._running = False
+        self._chores.stop()
+        if self.door is not None:
+            self.door.stop_accepting()
+        if self._raft.is_leader and sum(member.voter for member in self._raft.members) > 1:
+            await self._within(HAND_OVER_S, lambda done: self._raft.transfer("", self._handed_over(done)))
+        await self._within(DRAIN_S, self._batcher.stop)
+        self._reads.stop()
+        if self.door is not None:
+            # The door bounds this itself: it aborts what lingers.
+            await self._within(DRAIN_S, self.door.close)
+        await self._raft.stop()
+        self._directory.close()
+
+    @property
+    def raft(self) -> Raft:
+        return self._raft
+
+    @property
+    def machine(self) -> Machine:
+        """The live state machine; ask anew each time (a snapshot install replaces it)."""
+        return cast(Machine, self._raft.machine)
+
+    # --- the one entry ------------------------------------------------------------------------------------------------
+
+    def handle(self, frame: codec.ClientFrame, reply: Reply, gate: Gate | None = None) -> None:
+        """Answer `frame` through `reply`, exactly once. Never raises for anything that an asker may have done."""
+        kind = type(frame)
+        if not self._running:
+            reply(self._failure(frame.id, shutting_down()))
+        elif kind is codec.Write:
+            self._write(cast(codec.Write, frame), reply)
+        elif kind is codec.Read:
+            self._read(cast(codec.Read, frame), reply, gate)
+        elif isinstance(frame, codec.Hello):
+            reply(self._welcome(frame))
+        elif isinstance(frame, codec.StatusRequest):
+            reply(codec.StatusAnswer(frame.id, self.status(digest=frame.digest)))
+        else:
+            self._administer(frame, reply)
+
+    def status(self, *, digest: bool = False) -> model.NodeStatus:
+        """What this node says of itself. With `digest` it hashes the whole state, in one go."""
+        raft, machine = self._raft, self.machine
+        status = raft.status()
+        return model.NodeStatus(
+            name=self.options.name,
+            cluster_id=self.options.cluster_id,
+            role=status.role,
+            leader=raft.leader,
+            leader_client_address=self._leader_address(),
+            term=status.term,
+            commit_index=status.commit_index,
+            applied_index=status.applied_index,
+            last_index=status.last_index,
+            durable_index=status.durable_index,
+            revision=machine.revision,
+            members=raft.members,
+            peers=tuple(status.peers),
+            storage_error=status.storage_error,
+            version=self.options.version,
+            digest=machine.digest() if digest else "",
+        )
+
+    def _write(self, frame: codec.Write, reply: Reply) -> None:
+        raft = self._raft
+        if not raft.is_leader:
+            reply(self._failure(frame.id, not_leading(raft)))
+            return
+        try:
+            mutation = codec.decode_mutation(frame.request)
+            limits.check_mutation(mutation, len(frame.request))
+            if type(mutation) is model.ExpireSessions:
+                raise Refused("only the leader itself ends sessions that are over")
+            if (frame.session | frame.seq | frame.acked_below) >> 63:  # one of them is negative or has a 64th bit
+                raise Refused("session, seq and acked_below are numbers from 0 to 2^63 - 1")
+        except Refused as error:
+            reply(refusal(frame.id, error))
+            return
+        self._batcher.submit(frame, reply)
+
+    def _read(self, frame: codec.Read, reply: Reply, gate: Gate | None) -> None:
+        try:
+            request = codec.decode_read(frame.request)
+            limits.check_read(request, len(frame.request))
+            if frame.level not in (codec.ReadLevel.LINEARIZABLE, codec.ReadLevel.LOCAL):
+                raise Refused(f"there is no read level {frame.level}")
+        except Refused as error:
+            reply(refusal(frame.id, error))
+            return
+        read = Waiting(frame.id, request, reply, gate)
+        if frame.level == codec.ReadLevel.LOCAL:
+            self._reads.local(read, frame.min_revision)
+        else:
+            self._reads.linearizable(read)
+
+    def _welcome(self, hello: codec.Hello) -> codec.Welcome | codec.Failure:
+        if hello.protocol != codec.PROTOCOL_VERSION:
+            message = f"this node speaks protocol {codec.PROTOCOL_VERSION}, not {hello.protocol}; update the older side"
+            return codec.Failure(0, "version_mismatch", message)
+        own = self.options.cluster_id
+        if hello.cluster_id and hello.cluster_id != own:
+            message = f"this is cluster {own}, not {hello.cluster_id}; check the endpoints"
+            return codec.Failure(0, "wrong_cluster", message)
+        return codec.Welcome(hello.id, codec.PROTOCOL_VERSION, own, self.options.name, self._leader_address())
+
+    def _administer(self, frame: codec.ClientFrame, reply: Reply) -> None:
+        raft = self._raft
+
+        def done(error: KvError | None) -> None:
+            if error is not None:
+                reply(self._failure(frame.id, error))
+            else:
+                reply(codec.AdminAnswer(frame.id, raft.members))
+
+        if not raft.is_leader:
+            done(not_leading(raft))
+        elif isinstance(frame, codec.MemberAdd):
+            if frame.cluster_id != self.options.cluster_id:
+                message = f"this is cluster {self.options.cluster_id}, the new node is of {frame.cluster_id}"
+                done(Refused(f"{message}; join with this cluster's token", code="wrong_cluster"))
+                return
+            raft.add_learner(
+                model.Member(frame.name, frame.peer_address, frame.client_address, frame.node_id, voter=False), done
+            )
+        elif isinstance(frame, codec.MemberPromote):
+            raft.promote(frame.name, done)
+        elif isinstance(frame, codec.MemberRemove):
+            raft.remove(frame.name, done)
+        else:
+            assert isinstance(frame, codec.TransferLeader), f"no way to handle {type(frame).__name__}"
+            raft.transfer(frame.name, done)
+
+    # --- what consensus tells -----------------------------------------------------------------------------------------
+
+    def _leadership_changed(self, leading: bool) -> None:
+        self._log_clock.forget_own(self.machine.log_time_ms)
+        self._batcher.leadership_changed(leading)
+
+    def _applied(self) -> None:
+        self._log_clock.observe(self.machine.log_time_ms)
+        self._reads.applied()
+
+    def _failed(self, error: KvError) -> None:
+        """Consensus takes no part any more. Local reads are still served; what to do is the process's to decide."""
+        self.on_fatal(error)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _check_listeners(self) -> None:
+        for what, address in (("peers", self.options.peer_listen), ("clients", self.options.client_listen)):
+            if not address:
+                continue
+            if self.options.insecure:
+                try:
+                    check_loopback(address)
+                except StartupError as error:
+                    if error.code != "address_not_loopback":
+                        raise
+                    self._log.warning(
+                        "insecure_listener",
+                        address=address,
+                        of=what,
+                        message="anyone who can reach this address can read and change everything",
+                    )
+            else:
+                check_loopback(address)
+
+    def _with_cluster_id(self, options: ServerOptions) -> ServerOptions:
+        recorded = self._directory.belongs_to(options.name)
+        if options.cluster_id:
+            return options
+        if not recorded:
+            raise StartupError(
+                f"{options.data_dir} is new, so this node cannot know its cluster: give --peers to start a cluster, "
+                "or use `kvstore join` to join one"
+            )
+        return msgspec.structs.replace(options, cluster_id=recorded)
+
+    def _assemble(self) -> None:
+        env, raft = self._env, self._raft
+        self._log_clock = LogClock(env.clock, self.machine.log_time_ms)
+        self._batcher = Batcher(env, raft, self._log_clock, self._failure, self._pressed)
+        self._reads = Reads(env, raft, lambda: self.machine, self._failure)
+        self._chores = Chores(env, raft, lambda: self.machine, self._log_clock, self._batcher, self._log)
+        raft.on_leadership = self._leadership_changed
+        raft.on_applied = self._applied
+        raft.on_fatal = self._failed
+
+    async def _open_door(self) -> None:
+        if not self.options.client_listen:
+            return
+        door = NativeDoor(self._env, self, self._log)
+        try:
+            await door.start(self.options.client_listen)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StartupError(
+                    f"{self.options.client_listen} is in use by another process; stop it or choose another port",
+                    code="address_in_use",
+                ) from error
+            raise StartupError(f"cannot listen on {self.options.client_listen}: {error}") from error
+        self.door = door
+
+    def _pressed(self, pressed: bool) -> None:
+        if self.door is not None:
+            self.door.press(pressed)
+
+    def _leader_address(self) -> str:
+        leader = self._raft.leader
+        for member in self._raft.members:
+            if member.name == leader:
+                return member.client_address
+        return ""
+
+    def _failure(self, request_id: int, error: KvError) -> codec.Failure:
+        leader = self._leader_address() if error.code == "not_leader" else ""
+        return codec.Failure(request_id, error.code, error.message, leader)
+
+    def _handed_over(self, done: Callable[[], None]) -> Callable[[KvError | None], None]:
+        def transferred(error: KvError | None) -> None:
+            if error is not None:
+                self._log.warning("hand_over_failed", code=error.code, message=error.message)
+            done()
+
+        return transferred
+
+    async def _within(self, timeout_s: float, begin: Callable[[Callable[[], None]], None]) -> None:
+        """Run `begin(done)`, and wait until `done()` was called or the time is over."""
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def done() -> None:
+            if not over.done():
+                over.set_result(None)
+
+        timer = self._env.scheduler.call_later(timeout_s, done)
+        begin(done)
+        await over
+        timer.cancel()

@@ -1,0 +1,130 @@
+"""What the server's parts ask of one another and of the rooms below, as protocols.
+
+The real ones are `raft.node.RaftNode`, `state.machine.Machine`, and the doors in this folder; a test may hand in its
+own. Everything here runs on the node's event loop, one call at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from kvstore import codec, model
+from kvstore.env import Log
+from kvstore.errors import KvError
+
+__all__ = ["Done", "Gate", "Log", "Machine", "Proposer", "Raft", "RaftStatus", "Reply"]
+
+Reply = Callable[[codec.ServerFrame], None]
+"""Takes the one answer to a frame. Never raises, whatever became of the asker: it is called from inside an apply."""
+
+Done = Callable[[KvError | None], None]
+
+
+class Gate(Protocol):
+    """An asker that reads its answers slowly may have its further reads held back until it has room for them."""
+
+    @property
+    def congested(self) -> bool:
+        """True while more waits to be sent to the asker than it should."""
+
+    def postpone(self, work: Callable[[], object]) -> None:
+        """Run `work` once there is room. Dropped if the asker goes away."""
+
+
+class Proposer(Protocol):
+    """The part of `RaftNode` that the batcher needs."""
+
+    @property
+    def is_leader(self) -> bool: ...
+
+    @property
+    def leader(self) -> str:
+        """The leader's name; empty where none is known."""
+
+    @property
+    def accepting(self) -> bool:
+        """Leader, and able to take proposals now."""
+
+    @property
+    def failure(self) -> KvError | None:
+        """Why this node takes no part any more (its disk, a bug, its removal); None while it does."""
+
+    def propose(self, payload: bytes, done: Callable[[Any, KvError | None], None]) -> None:
+        """`done(results, None)` once applied; `Unavailable` if it was surely not proposed, else `OutcomeUnknown`."""
+
+
+class RaftStatus(Protocol):
+    """What consensus says of itself."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def term(self) -> int: ...
+    @property
+    def commit_index(self) -> int: ...
+    @property
+    def applied_index(self) -> int: ...
+    @property
+    def last_index(self) -> int: ...
+    @property
+    def durable_index(self) -> int: ...
+    @property
+    def peers(self) -> Sequence[model.PeerStatus]: ...
+    @property
+    def storage_error(self) -> str: ...
+
+
+class Raft(Proposer, Protocol):
+    """`RaftNode`, as the server uses it."""
+
+    on_leadership: Callable[[bool], None]
+    on_applied: Callable[[], None]
+    on_fatal: Callable[[KvError], None]
+
+    @property
+    def node_id(self) -> str: ...
+
+    @property
+    def machine(self) -> Any:
+        """The live state machine; another object after a snapshot was installed."""
+
+    @property
+    def members(self) -> tuple[model.Member, ...]: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def read_index(self, done: Done) -> None:
+        """When `done(None)` runs, the machine holds every write that was acknowledged before the call."""
+
+    def status(self) -> RaftStatus: ...
+
+    def add_learner(self, member: model.Member, done: Done) -> None: ...
+
+    def promote(self, name: str, done: Done) -> None: ...
+
+    def remove(self, name: str, done: Done) -> None: ...
+
+    def transfer(self, name: str, done: Done) -> None: ...
+
+
+class Machine(Protocol):
+    """`state.machine.Machine`, as the server uses it."""
+
+    @property
+    def revision(self) -> int: ...
+
+    @property
+    def log_time_ms(self) -> int:
+        """Log time of the last applied batch; 0 before the first."""
+
+    def read(self, request: model.Range | model.Txn) -> bytes:
+        """The encoded result of a read at the applied state."""
+
+    def expiry_due(self, log_time_ms: int) -> bool: ...
+
+    def compaction_due(self) -> int | None: ...
+
+    def digest(self) -> str: ...

@@ -1,0 +1,405 @@
+"""The state machine: log entries in, results out. What `kvstore/raft/fsm.py` calls a `StateMachine`.
+
+Rules:
+- `apply` is a function of the state and the entry alone: no clock, no chance, no setting of this node. Every replica
+  that applied the same entries has the same logical state (`digest`), whatever it flushed, compacted or restarted.
+- What a request did wrong is its result (`ErrorResult`). An exception from `apply` means a bug, a damaged or newer
+  entry, or a failing disk: nothing of the entry is in the state that reads see, and no further entry is taken.
+- One storage batch for each entry. It also holds the position (applied index, its term and the term before, revisions,
+  log time), so data and position never disagree, wherever a crash falls.
+- Log time is the greatest stamp so far. Nothing else here is time.
+- A result is encoded once: the same bytes answer the client and are kept for repeats.
+
+`read` runs between entries, on the same thread. `flush`, `checkpoint` and `inspect` may run in another thread, beside
+`apply` and `read`; the caller sees to it that none of them runs during `restore` and `close`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from kvstore import codec, model
+from kvstore.errors import InternalError, Refused, StartupError
+from kvstore.limits import is_read_only
+from kvstore.model import (
+    Checkpoint,
+    CloseSession,
+    Compact,
+    CompactResult,
+    Delete,
+    DoneResult,
+    ExpireSessions,
+    KeepSession,
+    OpenSession,
+    Put,
+    Range,
+    SessionResult,
+    Txn,
+)
+from kvstore.state import layout, txn
+from kvstore.state.layout import FORMAT, M_EPOCHS, M_FORMAT, M_MEMBERS, M_POSITION, Epoch, Position, check_format
+from kvstore.state.mvcc import Overlay, Records
+from kvstore.state.sessions import POSITION_BITS, TTL_MS, Sessions, expired_answer
+from kvstore.state.storage import OpenStorage, Storage, StorageFailed
+
+# The kinds of log entries, as `raft` numbers them; a test holds the two equal. `state` does not import `raft`.
+NOOP = 1
+DATA = 16
+MEMBERS = 17
+
+# A flush starts after so much, so that a restart replays little (design section 5).
+FLUSH_REQUESTS = 50_000
+FLUSH_BYTES = 64 * 1024 * 1024
+
+# Answers to one entry, which all lie in memory together, and those under sessions in one stored record. A full entry
+# of ordinary requests has some 100 KiB of them; only requests that ask for large records back come here.
+ANSWERS_BYTES_PER_ENTRY_MAX = 32 * 1024 * 1024
+
+_OVERLOADED = txn.refused(
+    Refused("the answers to the requests sent together with this one are too large; send it again", code="overloaded")
+)
+_SESSION_REQUESTS = frozenset({KeepSession, CloseSession})
+_OPERATIONS = frozenset({Put, Delete, Range, model.Add, Txn})
+
+
+class Machine:
+    """The replicated state, at one path. Opening it finds what the last durable batch left there."""
+
+    __slots__ = (
+        "_idle",
+        "_members",
+        "_open_storage",
+        "_position",
+        "_records",
+        "_sessions",
+        "_stopped",
+        "_storage",
+        "_unflushed_bytes",
+        "_unflushed_requests",
+    )
+
+    def __init__(self, open_storage: OpenStorage, path: str) -> None:
+        """Raises `StartupError` (`data_dir_in_use`, `state_damaged`, `data_format_newer`) or `StorageFailed`."""
+        self._open_storage = open_storage
+        self._open(path)
+
+    def _open(self, path: str) -> None:
+        storage = self._open_storage(path)
+        try:
+            position, members, epochs = _read_position(storage, path)
+            sessions = Sessions.load(storage, position.outcomes_from)
+        except (msgspec.DecodeError, ValueError) as error:
+            storage.close()
+            raise StartupError(f"the state in {path} is damaged: {error}", code="state_damaged") from error
+        except BaseException:
+            storage.close()
+            raise
+        self._storage: Storage = storage
+        self._position = position
+        self._members = members
+        self._sessions = sessions
+        self._records = Records(storage, position.revision, position.compacted_revision, epochs)
+        self._idle = Overlay(self._records)  # the view of reads between entries
+        self._unflushed_requests = 0
+        self._unflushed_bytes = 0
+        self._stopped = ""
+
+    # --- where it stands --------------------------------------------------------------------------------------------
+
+    @property
+    def applied_index(self) -> int:
+        return self._position.index
+
+    @property
+    def applied_term(self) -> int:
+        return self._position.term
+
+    @property
+    def previous_term(self) -> int:
+        """Term of the entry before the last applied one; 0 if there is none."""
+        return self._position.previous_term
+
+    @property
+    def revision(self) -> int:
+        return self._position.revision
+
+    @property
+    def compacted_revision(self) -> int:
+        """The oldest revision that can be read; 0 as long as nothing was compacted."""
+        return self._position.compacted_revision
+
+    @property
+    def log_time_ms(self) -> int:
+        return self._position.log_time_ms
+
+    @property
+    def members(self) -> bytes:
+        return self._members
+
+    @property
+    def session_count(self) -> int:
+        return len(self._sessions.by_id)
+
+    # --- applying ---------------------------------------------------------------------------------------------------
+
+    def apply(self, index: int, term: int, kind: int, payload: bytes | memoryview) -> list[bytes]:
+        """Apply the entry after `applied_index`. Returns the encoded result of each request of a DATA entry, in order;
+        nothing for other kinds. Raises `InternalError`, `StartupError(data_format_newer)` or `StorageFailed`, after
+        each of which no further entry is taken."""
+        if self._stopped:
+            raise InternalError(f"no entry is applied any more: {self._stopped}")
+        position = self._position
+        if index != position.index + 1:
+            raise InternalError(f"entry {index} cannot be applied after entry {position.index}")
+        try:
+            if kind == DATA:
+                return self._apply_batch(index, term, payload)
+            if kind not in (NOOP, MEMBERS):
+                raise InternalError(f"entry {index} is of the unknown kind {kind}")
+            self._apply_other(index, term, bytes(payload) if kind == MEMBERS else None)
+            return []
+        except BaseException as error:
+            self._stopped = f"entry {index} failed with {type(error).__name__}: {error}"
+            raise
+
+    def _apply_batch(self, index: int, term: int, payload: bytes | memoryview) -> list[bytes]:
+        entry = _decode(index, payload)
+        log_time_ms = max(self._position.log_time_ms, entry.log_time_ms)
+        view = Overlay(self._records)
+        sessions = self._sessions
+        sessions.begin(index, log_time_ms)
+        admit, settle, execute = sessions.admit, sessions.settle, txn.execute
+        results: list[bytes] = []
+        answered = results.append
+        size_bytes = 0
+        for item in entry.items:
+            request = item.request
+            kind = type(request)
+            if size_bytes > ANSWERS_BYTES_PER_ENTRY_MAX:
+                answered(_OVERLOADED)  # not executed and not kept: the same request may succeed in a later entry
+                continue
+            if item.session and kind not in _SESSION_REQUESTS:
+                session = admit(item)
+                if isinstance(session, bytes):
+                    size_bytes += len(session)
+                    answered(session)
+                    continue
+                if kind in _OPERATIONS:
+                    answer = execute(view, request)  # type: ignore[arg-type]
+                else:
+                    answer = self._administer(view, len(results), item)
+                settle(session, item, answer)
+            elif kind in _OPERATIONS:
+                answer = execute(view, request)  # type: ignore[arg-type]
+            else:
+                answer = self._administer(view, len(results), item)
+            size_bytes += len(answer)
+            answered(answer)
+        self._commit(index, term, log_time_ms, view, None)
+        self._unflushed_requests += len(results)
+        self._unflushed_bytes += 2 * len(payload)  # a value lies in its record, and once more where it was replaced
+        return results
+
+    def _apply_other(self, index: int, term: int, members: bytes | None) -> None:
+        self._sessions.begin(index, self._position.log_time_ms)
+        self._commit(index, term, self._position.log_time_ms, Overlay(self._records), members)
+        self._unflushed_requests += 1
+
+    def _commit(self, index: int, term: int, log_time_ms: int, view: Overlay, members: bytes | None) -> None:
+        """Everything an entry changed, in one batch; then, and only then, in what reads see."""
+        records, sessions = self._records, self._sessions
+        batch = self._storage.batch()
+        epochs = records.prepare(view, batch, log_time_ms)
+        sessions.end(batch)
+        position = Position(
+            FORMAT,
+            index,
+            term,
+            self._position.term,
+            view.revision,
+            view.compacted_revision,
+            log_time_ms,
+            sessions.outcomes_from,
+            epochs[-1],
+        )
+        batch.put(M_POSITION, layout.encode(position))
+        if epochs[-1].id != records.epochs[-1].id or epochs[0].id != records.epochs[0].id:
+            batch.put(M_EPOCHS, layout.encode(epochs[:-1]))
+        if index == 1:
+            batch.put(M_FORMAT, b"%d" % FORMAT)
+        if members is not None:
+            batch.put(M_MEMBERS, members)
+        self._storage.write(batch)
+        records.committed(view, epochs)
+        self._position = position
+        if members is not None:
+            self._members = members
+        self._idle = Overlay(records)
+
+    def _administer(self, view: Overlay, at: int, item: codec.BatchItem) -> bytes:
+        """Requests that are no operation."""
+        request = item.request
+        sessions = self._sessions
+        if isinstance(request, KeepSession):
+            kept = sessions.keep(item)
+            return expired_answer if kept is None else codec.encode_result(SessionResult(kept.id, TTL_MS))
+        if isinstance(request, CloseSession):
+            if not sessions.close(item.session):
+                return expired_answer
+            return codec.encode_result(SessionResult(item.session, TTL_MS))
+        if isinstance(request, OpenSession):
+            opened = sessions.open(at)
+            if opened is None:
+                return txn.refused(Refused("too many sessions are open; try later", code="too_many_sessions"))
+            return codec.encode_result(SessionResult(opened.id, TTL_MS))
+        if isinstance(request, ExpireSessions):
+            return codec.encode_result(DoneResult(view.revision, sessions.expire()))
+        assert isinstance(request, Compact)
+        return _compact(view, request.revision)
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, request: Range | Txn) -> bytes:
+        """The encoded result of a Range, or of a transaction that only reads, on the state as applied."""
+        if type(request) is Range:
+            # One key as it is now: the hottest read there is.
+            if request.end is None and not (
+                request.limit or request.revision or request.keys_only or request.count_only
+            ):
+                return txn.read_point(self._position.revision, request.start, self._records.get(request.start))
+        elif not is_read_only(request):  # type: ignore[arg-type]
+            return txn.refused(Refused("a read may hold only ranges; send it as a write"))
+        return txn.execute(self._idle, request)
+
+    def expiry_due(self, log_time_ms: int) -> bool:
+        """True if at `log_time_ms` an ExpireSessions would end a session. Cheap: ask as often as you like."""
+        return self._sessions.expiry_due(log_time_ms)
+
+    def compaction_due(self) -> int | None:
+        """The revision that an automatic Compact should name now, if any. Cheap."""
+        return self._records.compaction_due(self._position.log_time_ms)
+
+    def digest(self) -> str:
+        """A hash of the whole logical state: equal on replicas that applied the same entries. Walks every record, at
+        about 1 us each, on the calling thread."""
+        state = hashlib.blake2b(digest_size=16)
+        position = self._position
+        state.update(
+            layout.encode((position.revision, position.compacted_revision, position.log_time_ms, self._members))
+        )
+        state.update(layout.encode(self._sessions.observable()))
+        for key, packed in self._records.scan(b"", b""):
+            state.update(b"%d %d " % (len(key), len(packed)))
+            state.update(key)
+            state.update(packed)
+        return state.hexdigest()
+
+    # --- durability -------------------------------------------------------------------------------------------------
+
+    def flush_due(self) -> bool:
+        return self._unflushed_requests >= FLUSH_REQUESTS or self._unflushed_bytes >= FLUSH_BYTES
+
+    def flush(self) -> int:
+        """Make the state durable. Runs in a thread, beside `apply`. Returns an index that is covered for sure. Raises
+        `StorageFailed`."""
+        index = self._position.index
+        self._unflushed_requests = self._unflushed_bytes = 0
+        self._storage.flush()
+        return index
+
+    def checkpoint(self, path: str) -> Checkpoint:
+        """Flush, then write a consistent, durable copy into the new directory `path`. Runs in a thread, beside
+        `apply`. Raises `StorageFailed`."""
+        self.flush()
+        self._storage.checkpoint(path)
+        return self.inspect(path)
+
+    def inspect(self, path: str) -> Checkpoint:
+        """What a checkpoint directory holds. Raises `StartupError` if it is damaged or newer. Runs in a thread."""
+        storage = self._open_storage(path, True)
+        try:
+            position, members, _ = _read_position(storage, path)
+        finally:
+            storage.close()
+        return Checkpoint(position.index, position.term, members)
+
+    def restore(self, path: str) -> None:
+        """Replace the whole state by the checkpoint in `path`, which is the machine's own directory from now on.
+        If that cannot be opened, the machine stays closed, and the error says why."""
+        self._storage.close()
+        self._open(path)
+
+    def close(self) -> None:
+        """Release everything. Flushes first where that is possible: where it is not, the log still has it all."""
+        self._stopped = self._stopped or "the machine is closed"
+        for step in (self._storage.flush, self._storage.close):
+            try:
+                step()
+            except StorageFailed as error:
+                self._stopped += f"; and at the end {error}"
+
+
+def _decode(index: int, payload: bytes | memoryview) -> codec.Batch:
+    try:
+        entry = codec.decode_batch(payload)
+    except Refused as error:
+        entry_format = _format_of(payload)
+        if entry_format is not None and entry_format > codec.BATCH_FORMAT:
+            raise _newer_entry(index, entry_format) from error
+        raise InternalError(f"entry {index} is damaged: {error.message}") from error
+    if entry.format > codec.BATCH_FORMAT:
+        raise _newer_entry(index, entry.format)
+    if len(entry.items) > 1 << POSITION_BITS:
+        raise InternalError(f"entry {index} holds {len(entry.items)} requests; at most {1 << POSITION_BITS} may be")
+    return entry
+
+
+def _format_of(payload: bytes | memoryview) -> int | None:
+    try:
+        return msgspec.msgpack.decode(payload, type=_AnyFormat).format
+    except msgspec.DecodeError:
+        return None
+
+
+class _AnyFormat(msgspec.Struct, array_like=True):
+    format: int
+
+
+def _newer_entry(index: int, entry_format: int) -> StartupError:
+    return StartupError(
+        f"entry {index} is of format {entry_format}; this version knows up to {codec.BATCH_FORMAT}: run a newer one",
+        code="data_format_newer",
+    )
+
+
+def _compact(view: Overlay, revision: int) -> bytes:
+    if revision > view.revision:
+        return txn.refused(
+            Refused(f"revision {revision} is in the future; the newest is {view.revision}", code="revision_in_future")
+        )
+    if revision <= view.compacted_revision:
+        return txn.refused(Refused(f"revision {revision} is compacted already", code="revision_compacted"))
+    view.compacted_revision = revision
+    return codec.encode_result(CompactResult(revision))
+
+
+def _read_position(storage: Storage, path: str) -> tuple[Position, bytes, list[Epoch]]:
+    """Raises `StartupError`."""
+    stored_format = storage.get(M_FORMAT)
+    encoded = storage.get(M_POSITION)
+    if stored_format is None or encoded is None:
+        for _ in storage.scan(b"", b"\xff"):
+            raise StartupError(f"the state in {path} is damaged: it has no position", code="state_damaged")
+        first = Epoch(0, 1, 0)
+        return Position(FORMAT, 0, 0, 0, 0, 0, 0, 1, first), b"", [first]
+    try:
+        check_format(int(stored_format))
+        position = layout.decode_position(encoded)
+        check_format(position.format)
+        stored_epochs = storage.get(M_EPOCHS)
+        epochs = [] if stored_epochs is None else layout.decode_epochs(stored_epochs)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise StartupError(f"the state in {path} is damaged: {error}", code="state_damaged") from error
+    return position, storage.get(M_MEMBERS) or b"", [*epochs, position.epoch]

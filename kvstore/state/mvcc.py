@@ -1,0 +1,451 @@
+"""Records and their history: what holds now, what held at an older revision, and how the past is forgotten.
+
+Two classes. `Records` is the committed state in the storage, with a cache of hot records in front of it. `Overlay` is
+one batch at work on top of it: requests read and write there, one after another, and `Records.commit` turns it into
+storage operations at the end. `layout.py` says how it all lies in the storage, and why.
+
+Rules:
+- A packed record never changes; a write makes a new one. So the cache, the overlay and the storage share them freely.
+- `Records` changes only in `committed`, after the storage has taken the batch: a failed write leaves reads as they
+  were.
+- What is forgotten, and when, is decided by revisions alone. Epochs are bookkeeping: they decide what a replica
+  physically keeps, never what it answers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator
+from heapq import merge
+from operator import itemgetter
+
+from msgspec import Struct
+
+from kvstore.state import layout
+from kvstore.state.layout import (
+    AFTER_TERMINATOR,
+    CURRENT,
+    ENDED_BYTES,
+    FORMAT,
+    HISTORY,
+    MOD_REVISION,
+    REPLACED,
+    REPLACED_PREFIX_BYTES,
+    REPLACED_SUFFIX_BYTES,
+    TERMINATOR,
+    WHOLE_RECORD,
+    WITHIN_BATCH,
+    BatchRecord,
+    Epoch,
+    check_format,
+    escape,
+    family_end,
+    mod_revision_of,
+    pack_ended,
+    pack_u64,
+    replaced_prefix,
+    unescape,
+    unpack_ended,
+)
+from kvstore.state.storage import Batch, Storage
+
+# Hot records are kept in two generations of this size each; a generation that is full becomes the older one.
+CACHE_GENERATION_BYTES = 32 * 1024 * 1024
+# What a cached record costs beside its key and value: two bytes objects and a slot in a dict.
+_CACHE_ENTRY_BYTES = 160
+# Batches of history that reads looked into, decoded. One read at a revision looks into one batch, often again.
+_BATCHES_CACHED = 4
+
+# Automatic compaction keeps this much history: an hour is enough for any watcher to come back, the other two bound
+# what a busy hour may cost.
+HISTORY_AGE_MS = 60 * 60 * 1000
+HISTORY_BATCHES = 1_000_000
+HISTORY_BYTES = 1024 * 1024 * 1024
+# An epoch is a sixteenth of any of these, so that at most that much too much is kept, and a read at an old revision
+# looks into a few dozen epochs at most.
+_EPOCHS_KEPT = 16
+# Entries of one key that a range read walks before it seeks instead. A seek costs about as much as eight steps.
+_WALK_MAX = 8
+
+Pairs = Iterator[tuple[bytes, bytes]]
+_key_of = itemgetter(0)
+
+
+class Change(Struct, gc=False):
+    """What the batch at work did to one key: its record now (None: deleted) and before the batch, the first and the
+    last revision at which it wrote it, and where the last event's content stands in the batch's events."""
+
+    record: bytes | None
+    before: bytes | None
+    first_revision: int
+    revision: int
+    slot: int
+
+
+class Records:
+    __slots__ = (
+        "_batches",
+        "_cold",
+        "_first_revisions",
+        "_get",
+        "_hot",
+        "_hot_bytes",
+        "_storage",
+        "compacted_revision",
+        "epochs",
+        "revision",
+    )
+
+    def __init__(self, storage: Storage, revision: int, compacted_revision: int, epochs: list[Epoch]) -> None:
+        """`epochs`: oldest first, the current one last."""
+        self._storage = storage
+        self._get = storage.get
+        self.revision = revision
+        self.compacted_revision = compacted_revision
+        self.epochs = epochs
+        self._first_revisions = [epoch.first_revision for epoch in epochs]
+        self._hot: dict[bytes, bytes] = {}
+        self._cold: dict[bytes, bytes] = {}
+        self._hot_bytes = 0
+        self._batches: dict[bytes, BatchRecord] = {}
+
+    # --- reading what holds now -------------------------------------------------------------------------------------
+
+    def get(self, key: bytes) -> bytes | None:
+        """The packed record of `key`. A dict lookup when it is hot; else about 2 to 5 us."""
+        packed = self._hot.get(key)
+        if packed is not None:
+            return packed
+        packed = self._cold.get(key)
+        if packed is None:
+            packed = self._get(CURRENT + key)
+            if packed is None:
+                return None
+            if packed[0] != FORMAT:
+                check_format(packed[0])
+        self._hot[key] = packed
+        self._hot_bytes += len(key) + len(packed) + _CACHE_ENTRY_BYTES
+        if self._hot_bytes > CACHE_GENERATION_BYTES:
+            self._next_generation()
+        return packed
+
+    def scan(self, start: bytes, end: bytes, reverse: bool = False) -> Pairs:
+        """(key, packed record) in `[start, end)`; `end` b"" is no bound."""
+        upper = CURRENT + end if end else family_end(CURRENT)
+        for key, packed in self._storage.scan(CURRENT + start, upper, reverse):
+            if packed[0] != FORMAT:
+                check_format(packed[0])
+            yield key[1:], packed
+
+    def _next_generation(self) -> None:
+        self._cold, self._hot, self._hot_bytes = self._hot, {}, 0
+
+    # --- reading what held at an older revision ---------------------------------------------------------------------
+
+    def get_at(self, key: bytes, revision: int) -> bytes | None:
+        """The packed record of `key` as it was at `revision`, which is not compacted and not in the future."""
+        packed = self.get(key)
+        if packed is not None and mod_revision_of(packed) <= revision:
+            return packed
+        for epoch in self._epochs_ending_after(revision):
+            packed = self._replaced_in(epoch, key, revision)
+            if packed is not None:
+                return packed
+        return None
+
+    def scan_at(self, start: bytes, end: bytes, revision: int, reverse: bool = False) -> Pairs:
+        """As `scan`, at an older revision. Costs a walk over the range as it is now, and over the keys of the range
+        that changed since."""
+        streams: list[Iterable[tuple[bytes, bytes]]] = [
+            (pair for pair in self.scan(start, end, reverse) if mod_revision_of(pair[1]) <= revision)
+        ]
+        for epoch in self._epochs_ending_after(revision):
+            streams.append(self._replaced_scan(epoch, start, end, revision, reverse))
+        # No key stands in two streams: only one of its records held at that revision.
+        return merge(*streams, key=_key_of, reverse=reverse)
+
+    def _epochs_ending_after(self, revision: int) -> list[Epoch]:
+        """The epochs that may hold a record which ended after `revision`."""
+        return self.epochs[max(0, bisect_right(self._first_revisions, revision + 1) - 1) :]
+
+    def _replaced_in(self, epoch: Epoch, key: bytes, revision: int) -> bytes | None:
+        prefix = replaced_prefix(epoch.id) + escape(key) + TERMINATOR
+        for _, entry in self._storage.scan(prefix, prefix + pack_u64(revision + 1), reverse=True):
+            return self._held(key, entry, revision)
+        return None
+
+    def _held(self, key: bytes, entry: bytes, revision: int) -> bytes | None:
+        """What an `i` entry, begun at or before `revision`, says of it."""
+        entry_format, kind, ended = unpack_ended(entry)
+        check_format(entry_format)
+        if ended <= revision:
+            return None
+        return entry[ENDED_BYTES:] if kind == WHOLE_RECORD else self._within_batch(key, revision)
+
+    def _replaced_scan(self, epoch: Epoch, start: bytes, end: bytes, revision: int, reverse: bool) -> Pairs:
+        prefix = replaced_prefix(epoch.id)
+        low = prefix + escape(start)
+        high = prefix + escape(end) if end else replaced_prefix(epoch.id + 1)
+        while True:
+            name, walked, held = b"", 0, False
+            for entry_key, entry in self._storage.scan(low, high, reverse):
+                entry_name = entry_key[REPLACED_PREFIX_BYTES:-REPLACED_SUFFIX_BYTES]
+                if entry_name != name:
+                    name, walked, held = entry_name, 0, False
+                walked += 1
+                if walked > _WALK_MAX:
+                    break
+                if not held and int.from_bytes(entry_key[-8:], "big") <= revision:
+                    key = unescape(name)
+                    packed = self._held(key, entry, revision)
+                    if packed is not None:
+                        held = True
+                        yield key, packed
+            else:
+                return
+            # A key with many entries: seek the one that matters, and go on behind the key.
+            if not held:
+                key = unescape(name)
+                packed = self._replaced_in(epoch, key, revision)
+                if packed is not None:
+                    yield key, packed
+            if reverse:
+                high = prefix + name + TERMINATOR
+            else:
+                low = prefix + name + AFTER_TERMINATOR
+
+    def _within_batch(self, key: bytes, revision: int) -> bytes | None:
+        events = self._batch_at(revision).events
+        found: bytes | None = None
+        for at in range(0, len(events), 3):
+            if events[at] == key:
+                if events[at + 1] > revision:  # type: ignore[operator]
+                    break
+                content = events[at + 2]
+                assert content is not None, "an event that a later one of its batch replaced has lost its record"
+                found = content if isinstance(content, bytes) else None
+        return found
+
+    def _batch_at(self, revision: int) -> BatchRecord:
+        """The batch that made `revision`."""
+        for batch_key, encoded in self._storage.scan(HISTORY, HISTORY + pack_u64(revision + 1), reverse=True):
+            batch = self._batches.get(batch_key)
+            if batch is None:
+                if len(self._batches) >= _BATCHES_CACHED:
+                    self._batches.clear()
+                batch = layout.decode_batch_record(encoded)
+                check_format(batch.format)
+                self._batches[batch_key] = batch
+            return batch
+        raise AssertionError(f"no batch in history made revision {revision}")
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, overlay: Overlay, batch: Batch, log_time_ms: int) -> list[Epoch]:
+        """Put what the overlay changed into the storage batch. Returns the epochs as they will be: hand them to
+        `committed` once the batch is written. Changes nothing here."""
+        epochs = self.epochs
+        first_revision = self.revision + 1
+        if overlay.compacted_revision > self.compacted_revision:
+            epochs = self._forget(overlay, batch, log_time_ms)
+        events = overlay.events
+        if not events:
+            return epochs
+        epoch = epochs[-1]
+        if (
+            epoch.batches >= HISTORY_BATCHES // _EPOCHS_KEPT
+            or epoch.size_bytes >= HISTORY_BYTES // _EPOCHS_KEPT
+            or (log_time_ms - epoch.started_ms >= HISTORY_AGE_MS // _EPOCHS_KEPT and epoch.batches)
+        ):
+            epochs = [*epochs, Epoch(epoch.id + 1, first_revision, log_time_ms)]
+            epoch = epochs[-1]
+
+        put = batch.put
+        replaced = replaced_prefix(epoch.id)
+        size_bytes = 0
+        for key, change in overlay.changes.items():
+            record, before, first = change.record, change.before, change.first_revision
+            if record is not None:
+                put(CURRENT + key, record)
+            elif before is not None:
+                batch.delete(CURRENT + key)
+            if before is not None:
+                entry = replaced + escape(key) + TERMINATOR + before[MOD_REVISION]
+                put(entry, pack_ended(FORMAT, WHOLE_RECORD, first) + before)
+                size_bytes += len(entry) + len(before)
+            if first != change.revision:
+                entry = replaced + escape(key) + TERMINATOR + pack_u64(first)
+                put(entry, pack_ended(FORMAT, WITHIN_BATCH, change.revision))
+        encoded = layout.encode((FORMAT, log_time_ms, events))
+        put(HISTORY + pack_u64(first_revision), encoded)
+        grown = Epoch(
+            epoch.id,
+            epoch.first_revision,
+            epoch.started_ms,
+            epoch.batches + 1,
+            epoch.size_bytes + size_bytes + len(encoded),
+        )
+        return [*epochs[:-1], grown]
+
+    def _forget(self, overlay: Overlay, batch: Batch, log_time_ms: int) -> list[Epoch]:
+        """Range deletes for what no allowed read needs any more, before the batch's own writes. At most two."""
+        compacted, first_revision = overlay.compacted_revision, self.revision + 1
+        epochs = list(self.epochs)
+        if epochs[-1].batches:
+            epochs.append(Epoch(epochs[-1].id + 1, first_revision, log_time_ms))
+        # A closed epoch holds only what ended before the next one's first revision.
+        while len(epochs) > 1 and epochs[1].first_revision - 1 <= compacted:
+            del epochs[0]
+        batch.delete_range(REPLACED, replaced_prefix(epochs[0].id))
+        # The batch that made the compacted revision stays: a read at that revision may have to look into it.
+        if compacted >= first_revision:
+            batch.delete_range(HISTORY, HISTORY + pack_u64(first_revision))
+        else:
+            for batch_key, _ in self._storage.scan(HISTORY, HISTORY + pack_u64(compacted + 1), reverse=True):
+                batch.delete_range(HISTORY, batch_key)
+                break
+        return epochs
+
+    def committed(self, overlay: Overlay, epochs: list[Epoch]) -> None:
+        """The storage has taken what `prepare` put into its batch."""
+        if epochs is not self.epochs:
+            self.epochs = epochs
+            self._first_revisions = [epoch.first_revision for epoch in epochs]
+        if overlay.compacted_revision > self.compacted_revision:
+            self._batches.clear()
+        self.revision = overlay.revision
+        self.compacted_revision = overlay.compacted_revision
+        hot, cold = self._hot, self._cold
+        size_bytes = self._hot_bytes
+        for key, change in overlay.changes.items():
+            record = change.record
+            if record is not None:
+                hot[key] = record
+                size_bytes += len(key) + len(record) + _CACHE_ENTRY_BYTES
+            else:
+                hot.pop(key, None)
+                cold.pop(key, None)
+        self._hot_bytes = size_bytes
+        if size_bytes > CACHE_GENERATION_BYTES:
+            self._next_generation()
+
+    def compaction_due(self, log_time_ms: int) -> int | None:
+        """The revision that automatic compaction should name now, if any."""
+        batches = size_bytes = 0
+        keep = len(self.epochs) - 1
+        for at in range(len(self.epochs) - 1, -1, -1):
+            epoch = self.epochs[at]
+            ended_ms = self.epochs[at + 1].started_ms if at + 1 < len(self.epochs) else log_time_ms
+            batches += epoch.batches
+            size_bytes += epoch.size_bytes
+            if batches > HISTORY_BATCHES or size_bytes > HISTORY_BYTES or ended_ms + HISTORY_AGE_MS < log_time_ms:
+                break
+            keep = at
+        revision = self.epochs[keep].first_revision - 1
+        return revision if revision > self.compacted_revision else None
+
+
+class Overlay:
+    """One batch at work. `revision` and `compacted_revision` run ahead of what is committed."""
+
+    __slots__ = ("_base", "_base_revision", "_sorted", "changes", "compacted_revision", "events", "revision")
+
+    def __init__(self, base: Records) -> None:
+        self._base = base
+        self._base_revision = base.revision
+        self.revision = base.revision
+        self.compacted_revision = base.compacted_revision
+        self.changes: dict[bytes, Change] = {}
+        self.events: layout.Events = []
+        self._sorted: list[bytes] | None = None  # the changed keys in order, from the first scan on
+
+    def get(self, key: bytes) -> bytes | None:
+        change = self.changes.get(key)
+        return self._base.get(key) if change is None else change.record
+
+    def write(self, key: bytes, record: bytes | None, before: bytes | None, revision: int) -> None:
+        """Set (or, with None, delete) a key. `before` is what `get` says of it now."""
+        events = self.events
+        change = self.changes.get(key)
+        if change is None:
+            self.changes[key] = Change(record, before, revision, revision, len(events) + 2)
+            if self._sorted is not None:
+                insort(self._sorted, key)
+        else:
+            if change.record is not None:
+                events[change.slot] = change.record
+            change.record = record
+            change.revision = revision
+            change.slot = len(events) + 2
+        events += (key, revision, None if record is not None else False)
+
+    def scan(
+        self, start: bytes, end: bytes, reverse: bool = False, pending: dict[bytes, bytes | None] | None = None
+    ) -> Pairs:
+        """(key, packed record) in `[start, end)`, with `pending` writes, which lie above the overlay's own."""
+        changed: dict[bytes, bytes | None] = {}
+        if self.changes:
+            if self._sorted is None:
+                self._sorted = sorted(self.changes)
+            low = bisect_left(self._sorted, start)
+            high = bisect_left(self._sorted, end) if end else len(self._sorted)
+            for key in self._sorted[low:high]:
+                changed[key] = self.changes[key].record
+        if pending:
+            for key, record in pending.items():
+                if start <= key and (not end or key < end):
+                    changed[key] = record
+        base = self._base.scan(start, end, reverse)
+        return _patched(base, changed, reverse) if changed else base
+
+    def get_at(self, key: bytes, revision: int) -> bytes | None:
+        if revision <= self._base_revision:
+            return self._base.get_at(key, revision)
+        changed = self._changed_by(revision)
+        return changed[key] if key in changed else self._base.get(key)
+
+    def scan_at(self, start: bytes, end: bytes, revision: int, reverse: bool = False) -> Pairs:
+        if revision <= self._base_revision:
+            return self._base.scan_at(start, end, revision, reverse)
+        changed = {
+            key: record for key, record in self._changed_by(revision).items() if start <= key and (not end or key < end)
+        }
+        return _patched(self._base.scan(start, end, reverse), changed, reverse)
+
+    def _changed_by(self, revision: int) -> dict[bytes, bytes | None]:
+        """What this batch had made of each key when it was at `revision`."""
+        changed: dict[bytes, bytes | None] = {}
+        events = self.events
+        for at in range(0, len(events), 3):
+            if events[at + 1] > revision:  # type: ignore[operator]
+                break
+            key, content = events[at], events[at + 2]
+            assert isinstance(key, bytes)
+            if content is None:
+                changed[key] = self.changes[key].record
+            else:
+                changed[key] = content if isinstance(content, bytes) else None
+        return changed
+
+
+def _patched(base: Pairs, changed: dict[bytes, bytes | None], reverse: bool) -> Pairs:
+    """`base` with `changed` laid over it, both in the same order of keys."""
+    keys = sorted(changed, reverse=reverse)
+    at, count = 0, len(keys)
+    for key, packed in base:
+        while at < count and (keys[at] > key if reverse else keys[at] < key):
+            record = changed[keys[at]]
+            if record is not None:
+                yield keys[at], record
+            at += 1
+        if at < count and keys[at] == key:
+            record = changed[key]
+            if record is not None:
+                yield key, record
+            at += 1
+        else:
+            yield key, packed
+    for key in keys[at:]:
+        record = changed[key]
+        if record is not None:
+            yield key, record

@@ -1,0 +1,46 @@
+"""Makes a node's process flush, change segments and drop its log's head within a short test.
+
+Left as they are, the limits let a test of a few seconds see none of it. To be called before a node is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from kvstore.env import Files
+from kvstore.raft import flush, node
+from kvstore.raft.wal import Wal
+from kvstore.state import machine
+
+FLUSH_REQUESTS = 300
+SEGMENT_BYTES = 32 * 1024
+LOG_TAIL_BYTES = 64 * 1024
+
+
+class SmallWal(Wal):
+    @classmethod
+    def open(
+        cls,
+        files: Files,
+        directory: str,
+        *,
+        node_id: str,
+        segment_bytes: int = SEGMENT_BYTES,
+        log: Callable[[str], None] | None = None,
+        in_thread: Callable[[Callable[[], None]], None] | None = None,
+    ) -> Wal:
+        return super().open(
+            files, directory, node_id=node_id, segment_bytes=segment_bytes, log=log, in_thread=in_thread
+        )
+
+
+def use_small_limits() -> None:
+    _replace(machine, "FLUSH_REQUESTS", FLUSH_REQUESTS)
+    _replace(flush, "LOG_TAIL_BYTES", LOG_TAIL_BYTES)
+    _replace(node, "Wal", SmallWal)
+
+
+def _replace(module: ModuleType, name: str, value: object) -> None:
+    assert hasattr(module, name), f"{name} has moved out of {module.__name__}"
+    setattr(module, name, value)

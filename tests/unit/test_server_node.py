@@ -1,0 +1,412 @@
+"""`ServerNode`: the one entry that all doors use, reads, identity, start and stop; over a fake consensus."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+from msgspec import Raw
+
+from kvstore import codec, model
+from kvstore.env import Environment, SystemFiles, system_environment
+from kvstore.errors import KvError, Refused, StartupError, Unavailable
+from kvstore.server import reads as reads_module
+from kvstore.server.identity import DataDirectory, check_loopback, check_name, cluster_id
+from kvstore.server.node import ServerNode, ServerOptions
+from kvstore.server.reads import Reads, Waiting
+from tests.unit.server_fakes import Answers, FakeRaft, RecordingLog, World, virtual_environment
+
+OURS = cluster_id(["n1", "n2"], "token")
+
+
+def node_of(path: Path, raft: FakeRaft, log: RecordingLog | None = None, **changed: object) -> ServerNode:
+    options = ServerOptions(
+        name="n1", data_dir=str(path / "n1"), cluster_id=OURS, members=raft.members, client_listen="127.0.0.1:0"
+    )
+    env = system_environment(asyncio.get_running_loop())
+    return ServerNode(
+        msgspec.structs.replace(options, **changed),
+        env,
+        log or RecordingLog(),
+        lambda *_: raft,  # type: ignore[arg-type]
+    )
+
+
+@pytest_asyncio.fixture
+async def served(tmp_path: Path) -> AsyncIterator[tuple[ServerNode, FakeRaft]]:
+    raft = FakeRaft(prompt=True)
+    node = node_of(tmp_path, raft)
+    await node.start()
+    yield node, raft
+    await node.stop()
+
+
+async def ask(node: ServerNode, frame: codec.ClientFrame) -> codec.ServerFrame:
+    answered: asyncio.Future[codec.ServerFrame] = asyncio.get_running_loop().create_future()
+    node.handle(frame, answered.set_result)
+    return await asyncio.wait_for(answered, 5)
+
+
+def write(request: model.Mutation, session: int = 1, seq: int = 1) -> codec.Write:
+    return codec.Write(7, session, seq, 1, Raw(codec.encode_request(request)))
+
+
+def read(key: bytes, level: int = codec.ReadLevel.LINEARIZABLE, min_revision: int = 0) -> codec.Read:
+    return codec.Read(8, level, min_revision, Raw(codec.encode_request(model.Range(key))))
+
+
+def result_of(frame: codec.ServerFrame) -> model.Result:
+    assert isinstance(frame, codec.Answer), frame
+    return codec.decode_result(frame.result)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_write_and_then_a_read_of_it(served: tuple[ServerNode, FakeRaft]) -> None:
+    node, _ = served
+    assert result_of(await ask(node, write(model.Put(b"k", b"v")))) == model.PutResult(1)
+    for level in (codec.ReadLevel.LINEARIZABLE, codec.ReadLevel.LOCAL):
+        result = result_of(await ask(node, read(b"k", level)))
+        assert result == model.RangeResult(1, (model.Record(b"k", b"v", 1, 1, 1),), 1)
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (write(model.Put(b"", b"v")), "key_empty"),
+        (write(model.Put(b"k" * 5000, b"v")), "key_too_large"),
+        (write(model.Put(b"k", b"v" * (model.VALUE_BYTES_MAX + 1))), "value_too_large"),
+        (write(model.Txn(success=(model.Put(b"k", b""),) * 1025)), "too_many_operations"),
+        (write(model.ExpireSessions()), "invalid_request"),
+        (write(model.Put(b"k", b"v"), session=-1), "invalid_request"),
+        (write(model.Put(b"k", b"v"), seq=2**63), "invalid_request"),
+        (codec.Write(7, 1, 1, 1, Raw(b"\xc1")), "invalid_request"),
+        (codec.Write(7, 1, 1, 1, Raw(b"\x92\x63\x01")), "invalid_request"),
+        (codec.Read(8, 0, 0, Raw(codec.encode_request(model.Put(b"k", b"v")))), "invalid_request"),
+        (codec.Read(8, 9, 0, Raw(codec.encode_request(model.Range(b"k")))), "invalid_request"),
+        (codec.Read(8, 0, 0, Raw(codec.encode_request(model.Range(b"k", limit=-1)))), "invalid_range"),
+    ],
+)
+async def test_a_bad_request_is_answered_at_the_door_and_reaches_no_entry(
+    served: tuple[ServerNode, FakeRaft], frame: codec.ClientFrame, code: str
+) -> None:
+    node, raft = served
+    result = result_of(await ask(node, frame))
+    assert isinstance(result, model.ErrorResult)
+    assert result.code == code
+    assert raft.machine.batches == []
+
+
+async def test_a_follower_sends_writes_and_membership_to_the_leader(served: tuple[ServerNode, FakeRaft]) -> None:
+    node, raft = served
+    raft.lose_leadership(to="n2")
+    frames = [write(model.Put(b"k", b"v")), codec.MemberRemove(9, "n2"), codec.TransferLeader(9)]
+    for frame in frames:
+        answer = await ask(node, frame)
+        assert isinstance(answer, codec.Failure)
+        assert (answer.code, answer.leader) == ("not_leader", "127.0.0.1:12")
+    raft.leader = ""
+    answer = await ask(node, write(model.Put(b"k", b"v")))
+    assert isinstance(answer, codec.Failure)
+    assert (answer.code, answer.leader) == ("no_leader", "")
+    assert raft.calls == []
+
+
+async def test_a_node_whose_disk_failed_refuses_writes_and_serves_local_reads(
+    served: tuple[ServerNode, FakeRaft],
+) -> None:
+    node, raft = served
+    await ask(node, write(model.Put(b"k", b"v")))
+    raft.lose_leadership(to="")
+    raft.failure = Unavailable("this node's disk is full", code="storage_failed")
+    answer = await ask(node, write(model.Put(b"k", b"w")))
+    assert isinstance(answer, codec.Failure)
+    assert (answer.code, answer.message) == ("storage_failed", "this node's disk is full")
+    assert isinstance(result_of(await ask(node, read(b"k", codec.ReadLevel.LOCAL))), model.RangeResult)
+
+
+async def test_status_and_its_digest(served: tuple[ServerNode, FakeRaft]) -> None:
+    node, raft = served
+    answer = await ask(node, codec.StatusRequest(3))
+    assert isinstance(answer, codec.StatusAnswer)
+    status = answer.status
+    assert (status.name, status.cluster_id, status.role, status.leader) == ("n1", OURS, "leader", "n1")
+    assert (status.leader_client_address, status.members, status.digest) == ("127.0.0.1:11", raft.members, "")
+    answer = await ask(node, codec.StatusRequest(3, digest=True))
+    assert isinstance(answer, codec.StatusAnswer)
+    assert answer.status.digest == "digest-0"
+
+
+async def test_membership_goes_to_consensus_and_its_refusals_come_back(served: tuple[ServerNode, FakeRaft]) -> None:
+    node, raft = served
+    add = codec.MemberAdd(9, OURS, "n4", "127.0.0.1:4", "127.0.0.1:14", "d")
+    assert await ask(node, add) == codec.AdminAnswer(9, raft.members)
+    await ask(node, codec.MemberPromote(9, "n4"))
+    await ask(node, codec.MemberRemove(9, "n4"))
+    await ask(node, codec.TransferLeader(9, "n2"))
+    learner = model.Member("n4", "127.0.0.1:4", "127.0.0.1:14", "d", voter=False)
+    assert raft.calls == [("add_learner", learner), ("promote", "n4"), ("remove", "n4"), ("transfer", "n2")]
+    raft.admin_error = Refused("two of three are down", code="would_lose_quorum")
+    answer = await ask(node, codec.MemberRemove(9, "n2"))
+    assert answer == codec.Failure(9, "would_lose_quorum", "two of three are down")
+    answer = await ask(node, msgspec.structs.replace(add, cluster_id="other"))
+    assert isinstance(answer, codec.Failure)
+    assert answer.code == "wrong_cluster"
+
+
+async def test_hello_holds_protocol_and_cluster_against_ours(served: tuple[ServerNode, FakeRaft]) -> None:
+    node, _ = served
+    assert await ask(node, codec.Hello(1, 1, OURS)) == codec.Welcome(1, 1, OURS, "n1", "127.0.0.1:11")
+    for hello, code in ((codec.Hello(1, 2), "version_mismatch"), (codec.Hello(1, 1, "other"), "wrong_cluster")):
+        answer = await ask(node, hello)
+        assert isinstance(answer, codec.Failure)
+        assert (answer.id, answer.code) == (0, code)
+
+
+# --- start and stop ---------------------------------------------------------------------------------------------------
+
+
+async def test_over_a_real_socket_a_stopping_leader_hands_over_and_answers_what_is_under_way(tmp_path: Path) -> None:
+    raft = FakeRaft()
+    node = node_of(tmp_path, raft)
+    await node.start()
+    assert node.door is not None
+    host, port = node.door.address.rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(codec.encode_frame(codec.Hello(1, 1)) + codec.encode_frame(write(model.Put(b"k", b"v"))))
+    await until(lambda: raft.proposed)
+    stopping = asyncio.create_task(node.stop())
+    await until(lambda: raft.calls)
+    assert raft.calls == [("transfer", "")]
+    raft.commit()
+    await asyncio.wait_for(stopping, 5)
+    frames = [codec.decode_server_frame(body) for body in codec.FrameReader().feed(await reader.read())]
+    assert [type(frame) for frame in frames] == [codec.Welcome, codec.Answer]
+    writer.close()
+    await writer.wait_closed()
+    assert not raft.running
+    second = node_of(tmp_path, FakeRaft())
+    await second.start()  # the directory is free again
+    await second.stop()
+
+
+async def test_a_stopped_node_says_so(tmp_path: Path) -> None:
+    node = node_of(tmp_path, FakeRaft())
+    await node.start()
+    await node.stop()
+    await node.stop()
+    answer = await ask(node, read(b"k"))
+    assert isinstance(answer, codec.Failure)
+    assert answer.code == "shutting_down"
+
+
+async def test_a_node_refuses_to_start_and_leaves_nothing_open(tmp_path: Path) -> None:
+    raft = FakeRaft()
+    node = node_of(tmp_path, raft)
+    await node.start()
+    assert node.door is not None
+    taken = node.door.address
+    cases: list[tuple[dict[str, object], str]] = [
+        ({}, "data_dir_in_use"),
+        ({"data_dir": str(tmp_path / "other"), "client_listen": taken}, "address_in_use"),
+        ({"data_dir": str(tmp_path / "other"), "client_listen": "0.0.0.0:0"}, "address_not_loopback"),
+        ({"data_dir": str(tmp_path / "other"), "peer_listen": "10.0.0.1:7411"}, "address_not_loopback"),
+        ({"data_dir": str(tmp_path / "other"), "client_listen": "nonsense"}, "startup_failed"),
+        ({"data_dir": str(tmp_path / "other"), "name": "a/b"}, "startup_failed"),
+        ({"data_dir": str(tmp_path / "new"), "cluster_id": ""}, "startup_failed"),
+    ]
+    for changed, code in cases:
+        other = FakeRaft()
+        with pytest.raises(StartupError) as refused:
+            await node_of(tmp_path, other, **changed).start()
+        assert refused.value.code == code
+        assert not other.running
+    await node.stop()
+    for changed in ({"name": "n2"}, {"cluster_id": cluster_id(["n1", "n2"], "another token")}):
+        with pytest.raises(StartupError) as refused:
+            await node_of(tmp_path, FakeRaft(), **changed).start()
+        assert refused.value.code == "data_dir_mismatch"
+    again = node_of(tmp_path, FakeRaft(), cluster_id="")  # the directory knows
+    await again.start()
+    assert again.status().cluster_id == OURS
+    await again.stop()
+
+
+async def test_insecure_opens_any_address_and_says_so_loudly(tmp_path: Path) -> None:
+    log = RecordingLog()
+    node = node_of(tmp_path, FakeRaft(), log, client_listen="0.0.0.0:0", insecure=True)
+    await node.start()
+    await node.stop()
+    assert log.names() == ["insecure_listener"]
+
+
+def test_a_directory_of_a_newer_format_or_with_a_damaged_meta_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "n1"
+    for content, code in (
+        (b'{"format":2,"name":"n1","cluster_id":"x","more":1}', "data_format_newer"),
+        (b'{"format":1', "state_damaged"),
+        (b'{"format":1,"name":7,"cluster_id":"x"}', "state_damaged"),
+    ):
+        directory = DataDirectory(SystemFiles(), str(path))
+        (path / "META").write_bytes(content)
+        with pytest.raises(StartupError) as refused:
+            directory.claim("n1", "x")
+        assert refused.value.code == code
+        assert (path / "META").read_bytes() == content
+        directory.close()
+
+
+def test_the_cluster_id_tells_names_and_tokens_apart() -> None:
+    assert cluster_id(["b", "a"], "t") == cluster_id(["a", "b"], "t")
+    ids = {cluster_id(*case) for case in ((["a", "b"], "t"), (["ab"], "t"), (["a"], "bt"), (["a", "b"], "u"))}
+    assert len(ids) == 4
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.9.9.9:1", "localhost:1", "[::1]:1"])
+def test_loopback_addresses(address: str) -> None:
+    check_loopback(address)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.1.1.1:1", "example.org:1", "127.evil.example:1"])
+def test_addresses_that_others_reach(address: str) -> None:
+    with pytest.raises(StartupError) as refused:
+        check_loopback(address)
+    assert refused.value.code == "address_not_loopback"
+
+
+def test_names() -> None:
+    assert check_name("node-1.a_B") == "node-1.a_B"
+    for name in ("", "a b", "ä", "a/b", "x" * 65):
+        with pytest.raises(StartupError):
+            check_name(name)
+
+
+# --- reads ------------------------------------------------------------------------------------------------------------
+
+
+class ReadSetup:
+    def __init__(self) -> None:
+        self.world = World()
+        self.raft = FakeRaft()
+        self.answers = Answers()
+        self.env: Environment = virtual_environment(self.world)
+        self.reads = Reads(self.env, self.raft, lambda: self.raft.machine, self._failure)  # type: ignore[arg-type]
+        self.raft.on_applied = self.reads.applied
+
+    @staticmethod
+    def _failure(request_id: int, error: KvError) -> codec.Failure:
+        return codec.Failure(request_id, error.code, error.message)
+
+    def waiting(self, request_id: int, gate: object = None) -> Waiting:
+        return Waiting(request_id, model.Range(b"k"), self.answers, gate)  # type: ignore[arg-type]
+
+
+def test_reads_of_a_turn_share_a_barrier_and_later_ones_wait_for_the_next() -> None:
+    setup = ReadSetup()
+    for request_id in (1, 2, 3):
+        setup.reads.linearizable(setup.waiting(request_id))
+    setup.world.turn()
+    assert len(setup.raft.barriers) == 1
+    setup.reads.linearizable(setup.waiting(4))
+    setup.world.turn()
+    for request_id in range(5, 50):
+        setup.reads.linearizable(setup.waiting(request_id))
+        setup.world.turn()
+    assert len(setup.raft.barriers) == reads_module.ROUNDS_MAX
+    setup.raft.confirm()
+    assert setup.answers.ids == [1, 2, 3]
+    setup.world.turn()
+    setup.raft.confirm()
+    assert setup.answers.ids == [1, 2, 3, 4]
+    setup.raft.confirm()
+    assert setup.answers.ids == list(range(1, 50))
+    assert setup.reads.waiting == 0
+
+
+def test_a_failed_barrier_answers_its_reads() -> None:
+    setup = ReadSetup()
+    setup.reads.linearizable(setup.waiting(1))
+    setup.world.turn()
+    setup.raft.confirm(Unavailable("no quorum", code="no_leader"))
+    assert setup.answers.failure().code == "no_leader"
+
+
+def test_a_local_read_waits_for_the_revision_it_was_promised_within_bounds() -> None:
+    setup = ReadSetup()
+    setup.reads.local(setup.waiting(1), 0)
+    assert setup.answers.ids == [1]
+    setup.reads.local(setup.waiting(2), 1)
+    setup.reads.local(setup.waiting(3), 2)
+    setup.world.advance(reads_module.CATCH_UP_S / 2)
+    assert setup.answers.ids == [1]
+    setup.raft.machine.revision = 1
+    setup.reads.applied()
+    assert setup.answers.ids == [1, 2]
+    setup.world.advance(reads_module.CATCH_UP_S)
+    assert setup.answers.ids == [1, 2, 3]
+    assert setup.answers.failure().code == "unavailable"
+    assert setup.reads.waiting == 0
+
+
+def test_a_burst_of_reads_is_served_in_slices() -> None:
+    setup = ReadSetup()
+    count = 3 * reads_module.SLICE_READS
+    for request_id in range(1, count + 1):
+        setup.reads.linearizable(setup.waiting(request_id))
+    setup.world.turn()
+    setup.raft.confirm()
+    assert len(setup.answers.frames) == reads_module.SLICE_READS
+    setup.world.turn()
+    assert setup.answers.ids == list(range(1, count + 1))
+
+
+def test_reads_of_a_congested_asker_go_to_its_gate() -> None:
+    class Closed:
+        congested = True
+        postponed: list[Callable[[], object]] = []  # noqa: RUF012
+
+        def postpone(self, work: Callable[[], object]) -> None:
+            self.postponed.append(work)
+
+    setup, gate = ReadSetup(), Closed()
+    setup.reads.linearizable(setup.waiting(1, gate))
+    setup.reads.linearizable(setup.waiting(2))
+    setup.world.turn()
+    setup.raft.confirm()
+    assert setup.answers.ids == [2]
+    gate.postponed[0]()
+    assert setup.answers.ids == [2, 1]
+
+
+def test_past_the_bound_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads_module, "WAITING_MAX", 3)
+    setup = ReadSetup()
+    for request_id in range(1, 5):
+        setup.reads.linearizable(setup.waiting(request_id))
+    assert setup.answers.ids == [4]
+    assert setup.answers.failure().code == "overloaded"
+
+
+def test_stopping_answers_every_read_that_waits() -> None:
+    setup = ReadSetup()
+    setup.reads.linearizable(setup.waiting(1))
+    setup.world.turn()
+    setup.reads.linearizable(setup.waiting(2))
+    setup.reads.local(setup.waiting(3), 9)
+    setup.reads.stop()
+    assert setup.answers.ids == [2, 3]
+    setup.raft.confirm(Unavailable("stopping", code="shutting_down"))
+    assert setup.answers.ids == [2, 3, 1]
+
+
+async def until(condition: Callable[[], object], within_s: float = 5.0) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + within_s
+    while not condition():
+        assert loop.time() < deadline, "not so in time"
+        await asyncio.sleep(0.001)
