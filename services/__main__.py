@@ -1,0 +1,141 @@
+"""`python -m services`: run a service, create staff, or walk through the whole.
+
+Exit codes: 0 done; 1 it could not be done, and standard error says why; 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+import uvloop
+
+import kvstore
+from services.web.problems import Problem
+from services.web.serve import BuildApp, CannotServe, run_service
+
+# The three nodes of `kvstore dev`.
+DEV_ENDPOINTS: Final = "127.0.0.1:7421,127.0.0.1:7422,127.0.0.1:7423"
+F = TypeVar("F", bound=Callable[..., Any])
+
+endpoints_option = click.option(
+    "--endpoints",
+    envvar="KVSTORE_ENDPOINTS",
+    default=DEV_ENDPOINTS,
+    show_default=True,
+    help="Store nodes, host:port with commas in between.",
+)
+
+
+def serving_options(default_port: int) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        command = click.option("--insecure", is_flag=True, help="Listen on a public address without TLS.")(command)
+        command = click.option("--access-log/--no-access-log", default=True, help="One line for each request.")(command)
+        command = click.option("--port", type=click.IntRange(0, 65535), default=default_port, show_default=True)(
+            command
+        )
+        command = click.option("--host", default="127.0.0.1", show_default=True)(command)
+        return endpoints_option(command)
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """The user service and the order service. They keep everything in kvstore; run any number of each."""
+
+
+@main.command()
+@serving_options(8001)
+def users(endpoints: str, host: str, port: int, access_log: bool, insecure: bool) -> None:
+    """Serve accounts: register, sign in, read oneself."""
+    from services.users.app import create_app
+
+    _serve("users", endpoints, create_app, host, port, insecure, access_log)
+
+
+@main.command()
+@serving_options(8002)
+def orders(endpoints: str, host: str, port: int, access_log: bool, insecure: bool) -> None:
+    """Serve products, their stock, and orders."""
+    from services.orders.app import create_app
+
+    _serve("orders", endpoints, create_app, host, port, insecure, access_log)
+
+
+@main.command("create-staff")
+@endpoints_option
+@click.option("--email", required=True)
+@click.option("--name", default="Staff", show_default=True)
+@click.option("--age", type=click.IntRange(0, 150), default=0, help="Only because every account has one.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from the first line of standard input.")
+@click.option("--replace", is_flag=True, help="If the account is there, give it this password and the role.")
+def create_staff(endpoints: str, email: str, name: str, age: int, password_stdin: bool, replace: bool) -> None:
+    """Create an account that may put products and stock, straight in the store.
+
+    The password comes from standard input with --password-stdin, else from STAFF_PASSWORD, else from a prompt.
+    """
+    if password_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        password = os.environ.get("STAFF_PASSWORD") or click.prompt(
+            "Password", hide_input=True, confirmation_prompt=True
+        )
+    try:
+        user_id = uvloop.run(_create_staff(endpoints, email, password, name, age, replace))
+    except Problem as problem:
+        raise click.ClickException(f"{problem.kind.title}: {problem.detail} [{problem.code}]") from None
+    except (kvstore.KvError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"staff account {user_id} for {email}")
+
+
+async def _create_staff(endpoints: str, email: str, password: str, name: str, age: int, replace: bool) -> int:
+    from services.users.accounts import Accounts
+    from services.users.passwords import Passwords, check_length
+    from services.web.tokens import Role
+
+    check_length(password)
+    passwords = Passwords()
+    try:
+        async with kvstore.connect(endpoints) as store:
+            accounts = Accounts(store, passwords)
+            if replace:
+                return (await accounts.ensure(email, password, name, age, Role.STAFF)).id
+            return (await accounts.register(email, password, name, age, Role.STAFF)).id
+    finally:
+        passwords.close()
+
+
+@main.command()
+@endpoints_option
+@click.option("--users-url", default="http://127.0.0.1:8001", show_default=True)
+@click.option("--orders-url", default="http://127.0.0.1:8002", show_default=True)
+@click.option("--data-dir", default="data", show_default=True, help="Where `kvstore dev` keeps cluster.json.")
+@click.option("--stay", is_flag=True, help="Keep running after the walk, until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object, nothing else.")
+def demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: bool, as_json: bool) -> None:
+    """Walk through the whole against a running set: order, kill the leader, order again."""
+    from services.demo.walk import run_demo
+
+    sys.exit(asyncio.run(run_demo(endpoints, users_url, orders_url, data_dir, stay, as_json)))
+
+
+def _serve(
+    service: str, endpoints: str, build: BuildApp, host: str, port: int, insecure: bool, access_log: bool
+) -> None:
+    from services.web.logs import AccessLog, configure_logs
+
+    configure_logs(service)
+    try:
+        run_service(endpoints, build, host, port, insecure, AccessLog(service) if access_log else None)
+    except (CannotServe, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m services")

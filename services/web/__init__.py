@@ -1,0 +1,1 @@
+"""What every service shares: the application around the handlers, problems, bodies, tokens, idempotency, ids."""

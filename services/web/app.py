@@ -1,0 +1,163 @@
+"""The application around every service's handlers: one middleware, health, and what all answers have in common.
+
+What the middleware (`_frame`) does for each request, in one place so that it costs one coroutine:
+
+- a request id, in the answer, the log and problems: the client's `X-Request-Id` if it is sane, else a new one
+- a bound on requests in flight
+- every error becomes a problem body; an error that nobody foresaw is logged with its story and answered without it
+- the store's errors become 503: `store_unavailable` (nothing happened), `outcome_unknown` (it may have)
+- one line of access log
+
+Handlers are methods that take a `web.Request` and return a `web.Response`, or raise `Problem`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+import kvstore
+from services.web.bodies import BODY_BYTES_MAX
+from services.web.logs import AccessLog
+from services.web.problems import PROBLEMS, Problem, ProblemType
+
+# 1,024 orders in flight fill four entries of the store's log; more would only wait longer, so say so early.
+IN_FLIGHT_MAX: Final = 1024
+READY_TIMEOUT_S: Final = 1.0  # a probe's answer is wanted soon; a longer outage is one
+READY_KEY: Final = b"ready"  # never written: reading it proves a quorum, whatever it holds
+
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+CALLER_ID: Final = web.RequestKey("caller_id", int)  # for the access log; set where a handler knows its caller
+_SANE_REQUEST_ID: Final = re.compile(r"\A[A-Za-z0-9._:-]{8,128}\Z")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+log = structlog.get_logger("services")
+
+# What aiohttp itself refuses, by status.
+_HTTP_PROBLEMS: Final = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+class State:
+    """What the process tells its health checks."""
+
+    __slots__ = ("in_flight", "stopping")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.stopping = False
+
+
+STATE: Final = web.AppKey("state", State)
+
+
+def new_app(store: kvstore.Client, access_log: AccessLog | None = None) -> web.Application:
+    """An application with health checks and problem pages; the service adds its routes. It owns neither the store nor
+    the log."""
+    state = State()
+    app = web.Application(middlewares=[_frame(state, access_log)], client_max_size=BODY_BYTES_MAX)
+    app[STATE] = state
+    health = _Health(store, state)
+    app.add_routes(
+        [
+            web.get("/livez", health.livez),
+            web.get("/readyz", health.readyz),
+            web.get("/problems/{code}", _problem_page),
+        ]
+    )
+    return app
+
+
+def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """An answer that is JSON already."""
+    response = web.Response(body=body, status=status, content_type="application/json", headers=headers)
+    # Answers are for who asked, and change; a shared cache has no business with them.
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+# --- the middleware ---------------------------------------------------------------------------------------------------
+
+
+def _frame(state: State, access_log: AccessLog | None) -> Middleware:
+    @web.middleware
+    async def frame(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = time.perf_counter()
+        request_id = request.headers.get("X-Request-Id", "")
+        if not _SANE_REQUEST_ID.match(request_id):
+            request_id = secrets.token_hex(12)
+        request[REQUEST_ID] = request_id
+        state.in_flight += 1
+        response: web.StreamResponse
+        try:
+            if state.in_flight > IN_FLIGHT_MAX and request.path != "/livez":  # busy is not dead
+                raise Problem("overloaded", f"{IN_FLIGHT_MAX} requests are in flight; try again in a moment")
+            response = await handler(request)
+        except Problem as problem:
+            response = problem.response(request.path, request_id)
+        except Exception as error:
+            response = _problem_for(error, request, request_id).response(request.path, request_id)
+        finally:
+            state.in_flight -= 1
+        response.headers["X-Request-Id"] = request_id
+        if access_log is not None:
+            user = request.get(CALLER_ID)
+            access_log.add(request.method, request.path, response.status, started, request_id, user)
+        return response
+
+    return frame
+
+
+def _problem_for(error: Exception, request: web.Request, request_id: str) -> Problem:
+    if isinstance(error, kvstore.OutcomeUnknown):
+        safe = request.method in ("GET", "HEAD", "PUT") or "Idempotency-Key" in request.headers
+        how = (
+            "send the same request again, with the same Idempotency-Key if it had one"
+            if safe
+            else "read before you send it again"
+        )
+        return Problem("outcome_unknown", f"The store did not answer in time; {how}", retryable=safe)
+    if isinstance(error, kvstore.Unavailable):
+        return Problem("store_unavailable", "The store cannot be reached now, and nothing has changed; try again")
+    if isinstance(error, web.HTTPException):
+        code = _HTTP_PROBLEMS.get(error.status, "malformed_request")
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        return Problem(code, error.text or PROBLEMS[code].title, headers=headers)
+    # Also a refusal by the store that the handler did not expect: the mistake is ours, not the client's.
+    log.error("unforeseen", method=request.method, path=request.path, request_id=request_id, exc_info=error)
+    return Problem("internal", "The error is in the log under this request's id")
+
+
+# --- health and problem pages -----------------------------------------------------------------------------------------
+
+
+class _Health:
+    """`/livez`: this process turns its loop. `/readyz`: it would serve a request, store included."""
+
+    def __init__(self, store: kvstore.Client, state: State) -> None:
+        self._store = store
+        self._state = state
+
+    async def livez(self, request: web.Request) -> web.Response:
+        return json_response(b'{"status":"ok"}')
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        if self._state.stopping:
+            raise Problem("shutting_down", "Send requests to another process")
+        await self._store.get(READY_KEY, timeout=READY_TIMEOUT_S)
+        return json_response(b'{"status":"ok"}')
+
+
+async def _problem_page(request: web.Request) -> web.Response:
+    code = request.match_info["code"]
+    kind = PROBLEMS.get(code)
+    if kind is None:
+        raise Problem("not_found", "There is no problem with this code")
+    return json_response(msgspec.json.encode(ProblemType(code, kind.title, kind.status, kind.retryable)))

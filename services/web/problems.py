@@ -1,0 +1,144 @@
+"""Every problem that a service answers with: RFC 9457 bodies, each with a stable code.
+
+Raise `Problem(code, detail)` anywhere below a handler; the application (`app.py`) turns it into the answer. `PROBLEMS`
+is the whole list: what is not in it cannot be raised. `retryable` tells a program whether sending the very same
+request again may succeed without anybody mending anything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+CONTENT_TYPE = "application/problem+json"
+
+
+class Kind(NamedTuple):
+    status: int
+    title: str
+    retryable: bool = False
+
+
+PROBLEMS: dict[str, Kind] = {
+    # the request itself
+    "malformed_request": Kind(400, "The request is malformed"),
+    "malformed_json": Kind(400, "The body is not JSON"),
+    "invalid_body": Kind(422, "The body breaks a rule"),
+    "unsupported_media_type": Kind(415, "The body must be application/json"),
+    "body_too_large": Kind(413, "The body is too large"),
+    "body_timeout": Kind(408, "The body took too long to arrive", retryable=True),
+    "not_found": Kind(404, "There is nothing here"),
+    "method_not_allowed": Kind(405, "This resource has no such method"),
+    "precondition_failed": Kind(412, "The record has changed since you read it"),
+    # who asks
+    "authentication_required": Kind(401, "Sign in first"),
+    "invalid_token": Kind(401, "The access token is not valid"),
+    "token_expired": Kind(401, "The access token has expired"),
+    "wrong_credentials": Kind(401, "Email or password is wrong"),
+    "forbidden": Kind(403, "Your role may not do this"),
+    # accounts
+    "email_taken": Kind(409, "There is an account with this email"),
+    "common_password": Kind(422, "This password is too common"),
+    # idempotency
+    "idempotency_key_required": Kind(400, "An Idempotency-Key header is required"),
+    "invalid_idempotency_key": Kind(400, "The Idempotency-Key header is not valid"),
+    "idempotency_key_reused": Kind(422, "This Idempotency-Key was used for another request"),
+    # products, stock, orders
+    "unknown_product": Kind(422, "There is no such product"),
+    "insufficient_stock": Kind(409, "There is not enough stock"),
+    "stock_too_large": Kind(422, "Stock cannot be that large"),
+    "mixed_currencies": Kind(422, "One order has one currency"),
+    "total_too_large": Kind(422, "The total is too large"),
+    "order_state": Kind(409, "The order's state does not allow this"),
+    "products_changing": Kind(503, "The products of this order are changing too fast", retryable=True),
+    # the service and its store
+    "internal": Kind(500, "Something is broken on our side"),
+    "overloaded": Kind(503, "Too many requests at once", retryable=True),
+    "shutting_down": Kind(503, "This process is shutting down", retryable=True),
+    "store_unavailable": Kind(503, "The store is not available now", retryable=True),
+    "outcome_unknown": Kind(503, "The request may or may not have taken effect", retryable=True),
+}
+
+
+class FieldError(Struct, frozen=True, gc=False):
+    """One thing wrong with a body. `pointer` is an RFC 6901 JSON pointer into it; empty is the body itself."""
+
+    pointer: str
+    code: str
+    message: str
+
+
+class ProblemBody(Struct, frozen=True):
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    request_id: str
+    retryable: bool
+    errors: tuple[FieldError, ...] = ()
+
+
+class Problem(Exception):
+    """Ends a request with a problem body. `code` must be one of `PROBLEMS`; `detail` is for people."""
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        errors: tuple[FieldError, ...] = (),
+        headers: dict[str, str] | None = None,
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.kind = PROBLEMS[code]
+        self.detail = detail
+        self.errors = errors
+        self.headers = headers
+        self.retryable = self.kind.retryable if retryable is None else retryable
+
+    def body(self, instance: str, request_id: str) -> bytes:
+        return msgspec.json.encode(
+            ProblemBody(
+                f"/problems/{self.code}",
+                self.kind.title,
+                self.kind.status,
+                self.detail,
+                instance,
+                self.code,
+                request_id,
+                self.retryable,
+                self.errors,
+            )
+        )
+
+    def response(self, instance: str, request_id: str) -> web.Response:
+        response = web.Response(
+            body=self.body(instance, request_id), status=self.kind.status, content_type=CONTENT_TYPE
+        )
+        if self.headers:
+            response.headers.update(self.headers)
+        if self.kind.status == 503:
+            # A leader is elected within a second or so; an overload may be over sooner, but not by being hurried.
+            response.headers.setdefault("Retry-After", "1")
+        return response
+
+
+class ProblemType(Struct, frozen=True):
+    """What `GET /problems/{code}` says: a problem's `type` is an address that can be opened."""
+
+    code: str
+    title: str
+    status: int
+    retryable: bool
+
+
+def field_problem(pointer: str, code: str, message: str, *, problem: str = "invalid_body") -> Problem:
+    """A problem with one field of the body."""
+    return Problem(problem, message, errors=(FieldError(pointer, code, message),))
