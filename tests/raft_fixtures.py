@@ -141,7 +141,7 @@ class Lone:
         self.sent: list[tuple[str, Message]] = []
         self.wanted_snapshots: list[str] = []
         self.engine_said: list[tuple[str, dict[str, Any]]] = []
-        self._outbox = Outbox(self._transmit)
+        self._outbox = Outbox(self._transmit, self.clock.monotonic)
         self.engine = Engine(
             name,
             self.wal,
@@ -161,7 +161,7 @@ class Lone:
         self.sync()
 
     def set_members(self, members: Configuration) -> None:
-        self.guard.members = members
+        self.guard.members = self.guard.applied_members = members
         self.engine.set_members(members.voters, members.learners)
         for peer in (members.voters | members.learners) - {self.guard.name}:
             self.engine.set_connected(peer, True)

@@ -86,7 +86,7 @@ class RaftNode:
         self._transport: Transport
         self._state_directory: StateDirectory
         self._snapshots: Snapshots
-        self._outbox = Outbox(lambda peer, body: self._transport.send(peer, body))
+        self._outbox = Outbox(lambda peer, body: self._transport.send(peer, body), env.clock.monotonic)
         self._inbox: list[tuple[str, bytes]] = []
         self._proposals = Proposals()
         self._members = Configuration()
@@ -659,10 +659,9 @@ class RaftNode:
 
     def _arm(self) -> None:
         """Wake again when the next thing is due."""
-        if self._engine.is_leader:
-            dues = [self._engine.next_heartbeat, self._changes.due, self._reads.due, self._replicas.due]
-        else:
-            dues = [self._elections.deadline, self._reads.due]
+        leads = self._engine.is_leader
+        parts = (self._changes, self._reads, self._replicas, self._outbox) if leads else (self._reads,)
+        dues = [self._engine.next_heartbeat if leads else self._elections.deadline, *(part.due for part in parts)]
         self._alarm.set(min(moment for moment in dues if moment is not None))
 
     # --- endings ------------------------------------------------------------------------------------------------------

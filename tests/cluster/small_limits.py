@@ -13,7 +13,7 @@ from kvstore.raft import flush, node
 from kvstore.raft.wal import Wal
 from kvstore.state import machine
 
-FLUSH_REQUESTS = 300
+FLUSH_REQUESTS = 150
 SEGMENT_BYTES = 32 * 1024
 LOG_TAIL_BYTES = 64 * 1024
 

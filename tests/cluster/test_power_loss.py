@@ -39,8 +39,9 @@ WRITERS_PER_CLIENT = 4
 # The power stays on for at least so many acknowledgements, and then for a random time.
 ACKNOWLEDGED_MIN = 30
 ON_MAX_S = 0.25
-# A fast disk; one where each sync is likely to be cut off; one so slow that nodes sync in a thread.
-SYNCS_S = (0.0, 0.002, 0.008)
+# A fast disk; one where each sync is likely to be cut off; two so slow that nodes sync in a thread, and that the others
+# may commit, and a state be flushed, what this disk does not have yet. Each node has its own, another one each time.
+SYNCS_S = (0.0, 0.002, 0.008, 0.040)
 # A sole voter waits for nobody; several must leave a busy machine time for heartbeats.
 ELECTION_MS = {1: 80, 2: 200, 3: 200}
 # Longer than a power loss and its recovery take on a busy machine, so that nearly every write is sent again until it is
@@ -127,8 +128,9 @@ async def lose_power_of_a_cluster(
     endpoints = ",".join(each.client_listen for each in options)
     pids: list[int] = []
 
-    def power_on(disk: Disk) -> None:
+    def power_on() -> None:
         for each in options:
+            disk = Disk(sync_s=chance.choice(SYNCS_S), sync_does_nothing=sync_does_nothing)
             pids.append(zygote.start(StartNode(each, disk), path / f"{each.name}.log"))
 
     async def look(number: int) -> None:
@@ -139,14 +141,14 @@ async def lose_power_of_a_cluster(
     try:
         async with writing(endpoints, ledger, seed):
             for number in range(rounds):
-                power_on(Disk(sync_s=chance.choice(SYNCS_S), sync_does_nothing=sync_does_nothing))
+                power_on()
                 await look(number)
                 await more_acknowledged(ledger)
                 await asyncio.sleep(chance.uniform(0, ON_MAX_S))  # the random moment
                 chance.shuffle(pids)
                 zygote.kill(pids)
                 pids.clear()
-            power_on(Disk(sync_does_nothing=sync_does_nothing))
+            power_on()
         await look(rounds)
         return ledger
     except BaseException:

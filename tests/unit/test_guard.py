@@ -18,6 +18,7 @@ from kvstore.raft.messages import (
     ReadRequest,
     TermNotice,
 )
+from kvstore.raft.outbox import NOTICE_DELAY_S
 from tests.raft_fixtures import (
     ELECTION_MAX_S,
     ELECTION_MIN_S,
@@ -43,7 +44,8 @@ class Pure:
         self.log = FakeLog(terms, first_index)
         self.elections = Elections(Draws(), ELECTION_MIN_S, ELECTION_MAX_S, 0.0)
         self.guard = Guard("b", self.engine, self.log, self.elections)
-        self.guard.members = configuration("abc")
+        self.guard.members = self.guard.applied_members = configuration("abc")
+        self.guard.was_member = True
 
 
 def leading(durable: int | None = None) -> Pure:
@@ -397,6 +399,7 @@ def test_the_engines_own_snapshot_messages_only_say_that_a_peer_needs_one() -> N
     lone.propose(*[data(number) for number in range(20)])
     lone.receive("b", AppendReply(lone.engine.term, 23, True))
     lone.engine.tick()
+    lone.clock.now_s += NOTICE_DELAY_S
     lone.sync()
     lone.wal.drop_before(15, 0)
     lone.sent.clear()

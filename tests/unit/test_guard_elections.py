@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.model import Member
 from kvstore.raft.guard import AdoptTerm, Campaign, Deliver, Removed, Send
+from kvstore.raft.members import Configuration
 from kvstore.raft.messages import (
     AppendEntries,
     PreVote,
@@ -166,8 +168,9 @@ def test_a_learner_does_not_campaign_and_is_not_asked_again_at_once() -> None:
 
 
 def test_a_node_that_waits_to_be_added_asks_nobody() -> None:
-    pure = Pure((0,))
+    pure = Pure()
     pure.guard.members = configuration("acd")
+    pure.guard.was_member = False
     assert pure.guard.tick(LATER) == []
     assert pure.elections.deadline > LATER
 
@@ -176,7 +179,9 @@ def test_a_node_that_finds_its_removal_in_its_log_asks_and_never_campaigns() -> 
     """The leader speaks to it no more, so it learns only by asking that the removal stands."""
     pure = Pure()
     pure.guard.members = configuration("acd")
+    assert pure.guard.tick(pure.elections.deadline - 0.001) == []
     assert [action.peer for action in pure.guard.tick(LATER) if isinstance(action, Send)] == ["a", "c", "d"]
+    assert pure.elections.deadline > LATER
     assert pure.guard.receive("a", PreVoteReply(5, 6, True), LATER) == []
     assert pure.guard.receive("c", PreVoteReply(5, 6, True), LATER) == []
     assert pure.guard.receive("d", PreVoteReply(5, 6, False, removed=True), LATER) == [Removed()]
@@ -206,7 +211,8 @@ def test_a_campaign_needs_the_pre_votes_of_a_quorum() -> None:
     assert pure.guard.receive("a", PreVoteReply(5, 6, True), LATER) == []
     assert pure.guard.receive("a", PreVoteReply(5, 6, True), LATER) == []
     assert pure.guard.receive("c", PreVoteReply(5, 6, False), LATER) == []
-    assert pure.guard.receive("stranger", PreVoteReply(5, 6, True), LATER) == []
+    for peer in ("f", "stranger"):
+        assert pure.guard.receive(peer, PreVoteReply(5, 6, True), LATER) == []
     assert pure.guard.receive("d", PreVoteReply(5, 6, True), LATER) == [Campaign()]
     # The rest of the answers come too late to matter.
     assert pure.guard.receive("e", PreVoteReply(5, 6, True), LATER) == []
@@ -217,6 +223,13 @@ def test_an_answer_to_an_earlier_pre_vote_does_not_count() -> None:
     assert pure.guard.receive("a", PreVoteReply(5, 5, True), LATER) == []
     pure.engine.term = 6
     assert pure.guard.receive("a", PreVoteReply(5, 6, True), LATER) == []
+
+
+def test_who_lost_its_vote_while_it_asked_does_not_campaign() -> None:
+    pure = asking("abc")
+    pure.guard.members = configuration("ac", "b")
+    assert pure.guard.receive("a", PreVoteReply(5, 6, True), LATER) == []
+    assert pure.guard.receive("c", PreVoteReply(5, 6, True), LATER) == []
 
 
 def test_a_leader_that_speaks_ends_the_pre_vote() -> None:
@@ -266,24 +279,53 @@ def test_a_pre_vote_for_a_term_that_is_past_is_refused_with_the_present_one() ->
 
 def test_a_removed_nodes_pre_vote_is_answered_removed() -> None:
     pure = Pure()
-    pure.guard.members = configuration("ab")
+    pure.guard.members = pure.guard.applied_members = configuration("ab")
     assert reply_to(pure, PreVote(5, 6, 4, 1)) == PreVoteReply(5, 6, False, removed=True)
+    assert reply_to(pure, PreVote(5, 6, 5, 1)) == PreVoteReply(5, 6, False, removed=True)
+
+
+def test_a_removal_that_is_not_committed_may_come_to_nothing() -> None:
+    pure = Pure()
+    pure.guard.members = configuration("ab")
+    assert not reply_to(pure, PreVote(5, 6, 4, 1)).removed
+
+
+def test_a_member_whose_addition_is_not_committed_is_not_called_removed() -> None:
+    pure = Pure()
+    pure.guard.applied_members = configuration("ab")
+    assert not reply_to(pure, PreVote(5, 6, 4, 1)).removed
 
 
 def test_a_member_that_our_log_does_not_know_yet_is_not_called_removed() -> None:
     pure = Pure()
-    pure.guard.members = configuration("ab")
+    pure.guard.members = pure.guard.applied_members = configuration("ab")
     assert reply_to(pure, PreVote(5, 6, 9, 1)) == PreVoteReply(5, 6, True)
+
+
+def test_who_knows_no_configuration_calls_nobody_removed() -> None:
+    pure = Pure()
+    pure.guard.members = pure.guard.applied_members = Configuration()
+    assert not reply_to(pure, PreVote(5, 6, 4, 1)).removed
 
 
 def test_who_is_told_that_it_was_removed_stops() -> None:
     assert asking().guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == [Removed()]
 
 
-def test_who_did_not_ask_is_not_stopped_by_the_answer() -> None:
-    """One that was late, from before the node was added again."""
+def test_who_was_never_a_member_is_not_stopped() -> None:
     pure = Pure()
+    pure.guard.was_member = False
     assert pure.guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == []
+
+
+def test_a_member_of_that_name_with_another_node_id_is_not_this_node() -> None:
+    pure = Pure()
+    for node_id, is_member in (("id-b", True), ("another", False)):
+        members = Configuration.of([Member("b", "b:1", "", node_id, True)])
+        pure.guard.set_applied_members(members.encode(), "id-b")
+        assert pure.guard.was_member is is_member
+    pure.guard.set_applied_members(b"", "id-b")
+    assert not pure.guard.was_member
 
 
 # --- terms and hand-over ----------------------------------------------------------------------------------------------
@@ -331,6 +373,13 @@ def test_only_the_leader_of_the_term_can_hand_over(peer: str, term: int) -> None
     pure.guard.receive("a", append(5, (5, 1)), NOW)
     assert pure.guard.receive(peer, TimeoutNow(term), NOW) == []
     assert pure.guard.dropped["stale_hand_over"] == 1
+
+
+def test_a_leader_of_a_term_that_is_past_cannot_hand_over() -> None:
+    pure = Pure()
+    pure.guard.receive("a", append(5, (5, 1)), NOW)
+    pure.engine.term = 6
+    assert pure.guard.receive("a", TimeoutNow(5), NOW) == []
 
 
 def test_a_learner_takes_no_hand_over() -> None:

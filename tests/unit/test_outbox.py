@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvstore.raft import messages
-from kvstore.raft.messages import AppendEntries, AppendReply, Message, ReadProbe, TermNotice, VoteReply
-from kvstore.raft.outbox import PEER_TURN_BYTES_MAX, Outbox
+from kvstore.raft.messages import AppendEntries, AppendReply, Message, ReadProbe, ReadReply, TermNotice, VoteReply
+from kvstore.raft.outbox import NOTICE_DELAY_S, PEER_TURN_BYTES_MAX, Outbox
 from tests.raft_fixtures import data
 
 
@@ -14,7 +14,8 @@ class Sent:
     def __init__(self) -> None:
         self.bodies: list[tuple[str, bytes]] = []
         self.full: set[str] = set()
-        self.outbox = Outbox(self._send)
+        self.now_s = 10.0
+        self.outbox = Outbox(self._send, lambda: self.now_s)
 
     def _send(self, peer: str, body: bytes) -> bool:
         if peer in self.full:
@@ -79,14 +80,65 @@ def test_of_two_appends_the_empty_one_is_dropped() -> None:
         assert message.entries
 
 
-def test_an_empty_append_that_carries_a_newer_commit_index_is_kept() -> None:
+def commits(sent: Sent) -> list[int]:
+    return [message.commit_index for _, message in sent.messages if isinstance(message, AppendEntries)]
+
+
+def noticed() -> Sent:
+    """A commit notice is held for peer `a`."""
     sent = Sent()
     sent.outbox.add_append("a", engine_append(7, data("x"), commit=5), 0)
     sent.outbox.add_append("a", engine_append(8, commit=6), 0)
     sent.outbox.add_append("a", engine_append(8, commit=7), 0)
     sent.outbox.send_ready(0)
-    commits = [message.commit_index for _, message in sent.messages if isinstance(message, AppendEntries)]
-    assert commits == [5, 7]
+    sent.outbox.end_turn()
+    assert commits(sent) == [5]
+    assert sent.outbox.due == sent.now_s + NOTICE_DELAY_S
+    return sent
+
+
+def test_a_commit_notice_is_held_for_a_moment_and_then_sent() -> None:
+    sent = noticed()
+    sent.now_s += NOTICE_DELAY_S
+    sent.outbox.send_ready(0)
+    assert commits(sent) == [5, 7]
+    assert sent.outbox.due is None
+    assert len(sent.outbox) == 0
+
+
+def test_an_append_with_entries_makes_a_commit_notice_needless() -> None:
+    sent = noticed()
+    sent.outbox.add_append("a", engine_append(8, data("y"), commit=7), 0)
+    sent.now_s += NOTICE_DELAY_S
+    sent.outbox.send_ready(0)
+    assert commits(sent) == [5, 7]
+
+
+def test_a_heartbeat_makes_a_commit_notice_needless() -> None:
+    sent = noticed()
+    sent.outbox.add_append("a", engine_append(8, commit=7), 0)
+    sent.outbox.send_ready(0)
+    assert commits(sent) == [5, 7]
+    assert sent.outbox.due is None
+
+
+def test_the_answer_to_a_read_lets_the_commit_notice_go_first() -> None:
+    sent = noticed()
+    sent.outbox.add("b", ReadReply(3, 1, 7), 0)
+    sent.outbox.send_ready(0)
+    assert commits(sent) == [5]
+    sent.outbox.add("a", ReadReply(3, 1, 7), 0)
+    sent.outbox.send_ready(0)
+    assert commits(sent) == [5, 7]
+    assert [type(message) for _, message in sent.messages[-2:]] == [AppendEntries, ReadReply]
+
+
+def test_a_new_term_forgets_commit_notices() -> None:
+    sent = noticed()
+    sent.outbox.drop_other_terms(4)
+    sent.now_s += NOTICE_DELAY_S
+    sent.outbox.send_ready(0)
+    assert commits(sent) == [5]
 
 
 def test_appends_to_other_peers_are_no_reason_to_drop_one() -> None:

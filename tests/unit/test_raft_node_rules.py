@@ -7,8 +7,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvstore.model import Member
 from kvstore.raft.fsm import Checkpoint, EntryKind
-from kvstore.raft.messages import AppendEntries, AppendReply, PreVote, ReadProbe, ReadReply, ReadRequest, TermNotice
+from kvstore.raft.members import Configuration
+from kvstore.raft.messages import (
+    AppendEntries,
+    AppendReply,
+    PreVote,
+    PreVoteReply,
+    ReadProbe,
+    ReadReply,
+    ReadRequest,
+    TermNotice,
+)
 from tests.raft_cluster import Cluster, ScriptedPeer, image_of
 from tests.raft_fixtures import ELECTION_MAX_S, ELECTION_MIN_S, Answer, append, configuration, data
 
@@ -245,9 +256,15 @@ def test_a_removed_node_that_has_its_own_removal_in_its_log_learns_of_it() -> No
     cluster = Cluster()
     (node,) = cluster.start("b")
     leader = ScriptedPeer(cluster, "a", "b")
-    leader.ask("b", append(1, (1, 0), (1, configuration("ac").entry())), AppendReply)
+    member = Member("b", "b:1", "", node.node_id, True)
+    joined = Configuration.of([*configuration("ac").members, member])
+    leader.ask("b", append(1, (1, 0), (1, joined.entry()), commit=2), AppendReply)
+    leader.ask("b", append(1, (2, 1), (1, configuration("ac").entry()), commit=2), AppendReply)
     cluster.until(lambda: leader.heard(PreVote))
     assert node.failure is None
+    leader.say("b", PreVoteReply(1, 2, False, removed=True))
+    cluster.until(lambda: node.failure is not None)
+    assert node.status().role == "removed"
 
 
 def test_a_node_that_waits_to_be_added_is_not_told_that_it_was_removed() -> None:

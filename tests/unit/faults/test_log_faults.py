@@ -18,6 +18,7 @@ from pysyncobj.journal import FileJournal, MetaStorer
 
 from kvstore.errors import Unavailable
 from kvstore.raft.messages import AppendEntries, AppendReply, ReadProbe, RequestVote, TermNotice, VoteReply
+from kvstore.raft.outbox import NOTICE_DELAY_S
 from kvstore.raft.sync import SLOW_S
 from kvstore.raft.wal import Wal
 from tests.fake_files import FaultyFile, FaultyFiles, Stopped, keep_random
@@ -130,6 +131,8 @@ def test_fault_02_ours_does_not() -> None:
     lone.receive("b", AppendReply(1, 6, True))
     lone.clock.now_s += 0.2
     lone.tick()
+    lone.clock.now_s += NOTICE_DELAY_S
+    lone.sync()
     (heartbeat,) = lone.heard(AppendEntries, "b")
     assert (heartbeat.prev_index, heartbeat.entries) == (12, ())
 
