@@ -29,7 +29,7 @@ from msgspec import Struct
 
 from kvstore.raft.elections import Elections
 from kvstore.raft.fsm import EntryKind
-from kvstore.raft.members import Configuration
+from kvstore.raft.members import Configuration, MalformedConfiguration
 from kvstore.raft.messages import (
     AppendEntries,
     AppendReply,
@@ -396,5 +396,10 @@ def _well_formed(m: AppendEntries) -> bool:
     for entry_term, payload in m.entries:
         if entry_term < term or not payload or payload[0] not in _KINDS:
             return False
+        if payload[0] == EntryKind.MEMBERS:
+            try:
+                Configuration.decode(payload[1:])
+            except MalformedConfiguration:
+                return False
         term = entry_term
     return term <= m.term and m.prev_index >= 1

@@ -21,6 +21,14 @@ CONFIGURATION_FORMAT = 1
 MEMBERS_MAX = 64
 
 
+class MalformedConfiguration(Exception):
+    """Bytes that are no configuration."""
+
+
+class NewerConfiguration(Exception):
+    """A configuration of a format that this version does not know. Whoever cannot read it cannot take part."""
+
+
 class _Stored(msgspec.Struct, array_like=True, frozen=True):
     format: int
     members: tuple[Member, ...]
@@ -37,10 +45,16 @@ class Configuration(msgspec.Struct, frozen=True):
 
     @staticmethod
     def decode(payload: bytes) -> Configuration:
-        """From a MEMBERS entry's payload, as `encode` made it. Raises msgspec.DecodeError or ValueError."""
-        stored = msgspec.msgpack.decode(payload, type=_Stored)
-        if stored.format > CONFIGURATION_FORMAT:
-            raise ValueError(f"configuration of format {stored.format}; this version knows {CONFIGURATION_FORMAT}")
+        """From what `encode` made. Raises `MalformedConfiguration`, `NewerConfiguration`."""
+        try:
+            stored_format = msgspec.msgpack.decode(payload, type=tuple[int, msgspec.Raw])[0]
+            if stored_format > CONFIGURATION_FORMAT:
+                raise NewerConfiguration(
+                    f"configuration of format {stored_format}; this version knows {CONFIGURATION_FORMAT}"
+                )
+            stored = msgspec.msgpack.decode(payload, type=_Stored)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise MalformedConfiguration(str(error)) from None
         return Configuration.of(stored.members)
 
     def encode(self) -> bytes:

@@ -34,7 +34,7 @@ from kvstore.raft.engine import Engine
 from kvstore.raft.flush import StateFlush
 from kvstore.raft.fsm import Checkpoint, EntryKind, StateMachine
 from kvstore.raft.guard import Guard, SafetyViolation
-from kvstore.raft.members import Configuration, newest_configuration
+from kvstore.raft.members import Configuration, NewerConfiguration, newest_configuration
 from kvstore.raft.messages import AppendReply, Message, ReadAck, VoteReply
 from kvstore.raft.outbox import Outbox
 from kvstore.raft.proposals import Proposals, Proposed
@@ -168,7 +168,7 @@ class RaftNode:
         )
         self._guard = Guard(config.name, engine, self._wal, self._elections)
         heartbeat_s, timeout_s = config.heartbeat_ms / 1000, config.election_max_ms / 1000
-        self._reads = ReadIndex(config.name, engine, self._send_now, retry_s=heartbeat_s, timeout_s=timeout_s)
+        self._reads = ReadIndex(config.name, engine, env.chance, self._send_now, heartbeat_s, timeout_s)
         self._reads.applied(self.machine.applied_index)
         self._changes = Changes(config.name, self, self._wal, self._send_now, self._log)
         self._replicas = Replicas(
@@ -395,6 +395,8 @@ class RaftNode:
             self._fail_storage(error)
         except SafetyViolation as error:
             self._fail(InternalError(f"consensus is broken, and this node stops: {error}"))
+        except NewerConfiguration as error:
+            self._fail(StartupError(f"{error}: install a newer kvstore on this node", code="data_format_newer"))
         else:
             if self._identify_due and self._engine.is_leader:
                 self._identify_due = not self._changes.identify(self._seen)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
+from kvstore.env import Chance
 from kvstore.errors import KvError, Unavailable
 from kvstore.raft.members import Configuration
 from kvstore.raft.messages import Message, ReadAck, ReadProbe, ReadReply, ReadRequest
@@ -58,8 +59,8 @@ class ReadIndex:
         self,
         name: str,
         engine: EngineView,
+        chance: Chance,
         send: Callable[[str, Message], None],
-        *,
         retry_s: float,
         timeout_s: float,
     ) -> None:
@@ -78,7 +79,9 @@ class ReadIndex:
         self._to_ask: list[Done] = []  # for the follower's next question
         self._asked: deque[_Asked] = deque()
         self._asked_of = ""
-        self._asked_id = 0
+        # An answer to a question from before a restart must fit none from after it: a write may have been acknowledged
+        # in between.
+        self._asked_id = chance.getrandbits(48)
 
     def request(self, done: Done) -> None:
         """`done(None)` once this node has applied all that was acknowledged before this call. Needs a `step`."""

@@ -133,6 +133,11 @@ async def lose_power_of_a_cluster(
             disk = Disk(sync_s=chance.choice(SYNCS_S), sync_does_nothing=sync_does_nothing)
             pids.append(zygote.start(StartNode(each, disk), path / f"{each.name}.log"))
 
+    def power_off() -> None:
+        gone = chance.sample(pids, len(pids))
+        pids.clear()
+        zygote.kill(gone)
+
     async def look(number: int) -> None:
         async with kvstore.connect(endpoints, timeout_s=READY_S) as reader:
             floor = ledger.floor()
@@ -145,9 +150,7 @@ async def lose_power_of_a_cluster(
                 await look(number)
                 await more_acknowledged(ledger)
                 await asyncio.sleep(chance.uniform(0, ON_MAX_S))  # the random moment
-                chance.shuffle(pids)
-                zygote.kill(pids)
-                pids.clear()
+                power_off()
             power_on()
         await look(rounds)
         return ledger
@@ -155,8 +158,7 @@ async def lose_power_of_a_cluster(
         show_logs(path)
         raise
     finally:
-        if pids:
-            zygote.kill(pids)
+        power_off()
 
 
 async def more_acknowledged(ledger: Ledger) -> None:

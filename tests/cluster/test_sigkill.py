@@ -4,6 +4,9 @@ What must hold, while it goes on: a linearizable read, through any node, never s
 before it began. And at the end: every acknowledged write is there, nothing was applied twice (see `histories.py`), and
 all three nodes hold the same state.
 
+The nodes have small limits (`small_limits.py`), so they flush, drop what the log no longer needs, and send snapshots to
+those that were away for longer than the log remembers.
+
 The seed fixes who is killed and when; what the machine makes of it differs. Figures are printed (`pytest -s`): kills,
 throughput, and for each killed leader the time until a write that began after the kill was acknowledged.
 """
@@ -121,11 +124,15 @@ class Campaign:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + LASTS_S
-        async with self._cluster.client(OUTAGE_MAX_S) as probe:
-            while loop.time() < until or self.kills < KILLS_MIN:
-                await self._kill(probe)
-                await asyncio.sleep(self._chance.uniform(*BETWEEN_KILLS_S))
-        await asyncio.gather(*self._restarts.values())
+        try:
+            async with self._cluster.client(OUTAGE_MAX_S) as probe:
+                while loop.time() < until or self.kills < KILLS_MIN:
+                    await self._kill(probe)
+                    await asyncio.sleep(self._chance.uniform(*BETWEEN_KILLS_S))
+            await asyncio.gather(*self._restarts.values())
+        finally:
+            for restart in self._restarts.values():
+                restart.cancel()
 
     async def _kill(self, probe: Client) -> None:
         cluster, chance = self._cluster, self._chance
@@ -195,20 +202,24 @@ async def test_nothing_acknowledged_is_lost_to_sigkill(tmp_path: Path) -> None:
 
     async def keep_reading_through(node: NodeReader) -> None:
         least = 0
-        while not over.is_set():
-            least = max(least, register.acknowledged)
-            try:
-                async with asyncio.timeout(OUTAGE_MAX_S):
-                    value = await node.read(REGISTER)
-                least = register.check(least, value, f"a client of {node.name}")
-            except Unavailable:
-                pass
-            except (OSError, EOFError):
-                node.close()
-            await asyncio.sleep(READ_PAUSE_S)
-        node.close()
+        try:
+            while not over.is_set():
+                least = max(least, register.acknowledged)
+                try:
+                    async with asyncio.timeout(OUTAGE_MAX_S):
+                        value = await node.read(REGISTER)
+                    least = register.check(least, value, f"a client of {node.name}")
+                except Unavailable:
+                    pass
+                except TimeoutError:
+                    raise AssertionError(f"{node.name} left a read unanswered for {OUTAGE_MAX_S:g} s") from None
+                except (OSError, EOFError):
+                    node.close()
+                await asyncio.sleep(READ_PAUSE_S)
+        finally:
+            node.close()
 
-    async with ClusterProcesses(tmp_path) as cluster:
+    async with ClusterProcesses(tmp_path, main="tests.cluster.small_limits") as cluster:
         clients = [kvstore.connect(cluster.endpoints, timeout_s=TIMEOUT_S) for _ in range(CLIENTS)]
         node_readers = [NodeReader(node.name, node.client_address) for node in cluster.nodes.values()]
         campaign = Campaign(cluster, ledger)
@@ -246,11 +257,12 @@ async def test_nothing_acknowledged_is_lost_to_sigkill(tmp_path: Path) -> None:
                 await kv.close()
             await asyncio.gather(killing, *tasks, return_exceptions=True)
         outages_s = sorted(campaign.outages_s)
+        snapshots = sum(node.log().count("installing a snapshot") for node in cluster.nodes.values())
         reads = ", ".join(f"{node.name}: {node.reads}" for node in node_readers)
         print(
             f"SIGKILL: {campaign.kills} kills in {took_s:.0f} s, {campaign.leader_kills} of a leader, "
             f"{campaign.double_kills} of two nodes at once; {ledger.acknowledged / took_s:.0f} operations/s; "
-            f"reads through {reads}\n"
+            f"{snapshots} snapshots installed; reads through {reads}\n"
             f"no write for, after a leader's kill ({len(outages_s)}): median {statistics.median(outages_s):.2f} s, "
             f"max {max(outages_s):.2f} s"
         )

@@ -10,7 +10,13 @@ import pytest
 from kvstore.errors import Refused
 from kvstore.model import Member
 from kvstore.raft.fsm import EntryKind
-from kvstore.raft.members import CONFIGURATION_FORMAT, MEMBERS_MAX, Configuration
+from kvstore.raft.members import (
+    CONFIGURATION_FORMAT,
+    MEMBERS_MAX,
+    Configuration,
+    MalformedConfiguration,
+    NewerConfiguration,
+)
 from tests.raft_fixtures import configuration
 
 NEW = Member("d", "d:1", "d:2", "id-d", False)
@@ -31,13 +37,13 @@ def test_encoded_and_decoded_it_is_the_same() -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"\xff", b"\x92\x01\x01", msgspec.msgpack.encode([1, [["a"]]])])
 def test_what_is_no_configuration_is_refused(payload: bytes) -> None:
-    with pytest.raises((ValueError, msgspec.DecodeError)):
+    with pytest.raises(MalformedConfiguration):
         Configuration.decode(payload)
 
 
 def test_a_newer_format_is_refused() -> None:
     payload = msgspec.msgpack.encode([CONFIGURATION_FORMAT + 1, []])
-    with pytest.raises(ValueError, match="format"):
+    with pytest.raises(NewerConfiguration, match="format"):
         Configuration.decode(payload)
 
 

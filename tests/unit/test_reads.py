@@ -10,6 +10,16 @@ from kvstore.raft.reads import ROUNDS_MAX, ReadIndex
 from tests.raft_fixtures import Answer, configuration
 
 
+class Zero:
+    """Draws nothing but 0, so that the first question has number 1."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def getrandbits(self, bits: int) -> int:
+        return 0
+
+
 class View:
     def __init__(self) -> None:
         self.term = 5
@@ -24,7 +34,7 @@ class Node:
         self.engine = View()
         self.sent: list[tuple[str, Message]] = []
         self.reads = ReadIndex(
-            "a", self.engine, lambda peer, message: self.sent.append((peer, message)), retry_s=0.1, timeout_s=1.0
+            "a", self.engine, Zero(), lambda peer, message: self.sent.append((peer, message)), 0.1, 1.0
         )
         self.reads.members = configuration("abc", "d")
         self.reads.applied(10)
