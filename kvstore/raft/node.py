@@ -33,7 +33,7 @@ from kvstore.raft.elections import Elections
 from kvstore.raft.engine import Engine
 from kvstore.raft.flush import StateFlush
 from kvstore.raft.fsm import Checkpoint, EntryKind, StateMachine
-from kvstore.raft.guard import Guard, SafetyViolation
+from kvstore.raft.guard import Guard
 from kvstore.raft.members import Configuration, NewerConfiguration, newest_configuration
 from kvstore.raft.messages import AppendReply, Message, ReadAck, VoteReply
 from kvstore.raft.outbox import Outbox
@@ -393,10 +393,11 @@ class RaftNode:
             self._apply()
         except OSError as error:
             self._fail_storage(error)
-        except SafetyViolation as error:
-            self._fail(InternalError(f"consensus is broken, and this node stops: {error}"))
         except NewerConfiguration as error:
             self._fail(StartupError(f"{error}: install a newer kvstore on this node", code="data_format_newer"))
+        except Exception as error:
+            # A `SafetyViolation`, or a bug: on what the turn left half done nothing must be built.
+            self._fail(InternalError(f"consensus met what it must not, and this node stops: {error!r}"))
         else:
             if self._identify_due and self._engine.is_leader:
                 self._identify_due = not self._changes.identify(self._seen)

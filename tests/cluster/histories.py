@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import NamedTuple, Protocol
 
-from kvstore import Add, Client, OutcomeUnknown, Put, Unavailable
+from kvstore import Add, AddResult, Client, OutcomeUnknown, Put, Unavailable
 
 # So few that every counter meets concurrent writers, and every key is overwritten soon.
 COUNTERS = 4
@@ -59,7 +59,8 @@ async def write(kv: Client, history: History, writer: bytes, number: int, chance
             total = (await kv.add(counter, 1)).value
         else:
             added, _ = (await kv.txn(success=[Add(counter, 1), Put(key, value)])).results
-            total = getattr(added, "value", 0)
+            assert isinstance(added, AddResult)
+            total = added.value
     except (OutcomeUnknown, Unavailable):
         return False
     if key:
