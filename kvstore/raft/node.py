@@ -11,9 +11,7 @@ turn of the loop, `_turn`, does all that there is to do, in this order:
     apply what is committed; answer     sends come before applies, so applying delays no acknowledgement
 
 Nothing is promised before it is on disk. A node whose disk fails goes silent: it sends nothing, takes nothing, and
-serves local reads until it is restarted.
-
-Bounds: proposals are bounded by the batcher, which has at most four under way; reads by the doors.
+serves local reads until it is restarted. Proposals are bounded by the batcher (four under way), reads by the doors.
 """
 
 from __future__ import annotations
