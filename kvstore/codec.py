@@ -34,7 +34,7 @@ _LENGTH = struct.Struct(">I")
 # --- batches: what a log entry holds ---------------------------------------------------------------------------------
 
 
-class BatchItem(Struct, array_like=True, frozen=True, gc=False):
+class BatchItem(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
     """One request in a batch. `session` 0 is none (the request is then not protected against being sent twice)."""
 
     session: int
@@ -43,13 +43,13 @@ class BatchItem(Struct, array_like=True, frozen=True, gc=False):
     request: model.Mutation
 
 
-class Batch(Struct, array_like=True, frozen=True):
+class Batch(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     format: int
     log_time_ms: int
     items: tuple[BatchItem, ...]
 
 
-class RawBatchItem(Struct, array_like=True, frozen=True, gc=False):
+class RawBatchItem(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
     """A `BatchItem` whose request is still encoded: what the batcher writes."""
 
     session: int
@@ -58,7 +58,7 @@ class RawBatchItem(Struct, array_like=True, frozen=True, gc=False):
     request: Raw
 
 
-class RawBatch(Struct, array_like=True, frozen=True):
+class RawBatch(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     format: int
     log_time_ms: int
     items: list[RawBatchItem]
@@ -67,7 +67,7 @@ class RawBatch(Struct, array_like=True, frozen=True):
 # --- frames, client to server ----------------------------------------------------------------------------------------
 
 
-class Hello(Struct, array_like=True, frozen=True, gc=False, tag=1):
+class Hello(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=1):
     """First frame on a connection. An empty `cluster_id` accepts any cluster; the answer (`Welcome`) names it."""
 
     id: int
@@ -75,7 +75,7 @@ class Hello(Struct, array_like=True, frozen=True, gc=False, tag=1):
     cluster_id: str = ""
 
 
-class Write(Struct, array_like=True, frozen=True, gc=False, tag=2):
+class Write(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=2):
     """A mutation under a session. `acked_below`: the client needs no answer to any lower `seq` again."""
 
     id: int
@@ -90,7 +90,7 @@ class ReadLevel:
     LOCAL = 1
 
 
-class Read(Struct, array_like=True, frozen=True, gc=False, tag=3):
+class Read(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=3):
     """A Range, or a Txn that only reads. A `local` read answers only from a revision of at least `min_revision`."""
 
     id: int
@@ -99,14 +99,14 @@ class Read(Struct, array_like=True, frozen=True, gc=False, tag=3):
     request: Raw
 
 
-class StatusRequest(Struct, array_like=True, frozen=True, gc=False, tag=4):
+class StatusRequest(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=4):
     """Asks for a `NodeStatus`. With `digest`, the node also hashes its whole state at its applied index."""
 
     id: int
     digest: bool = False
 
 
-class MemberAdd(Struct, array_like=True, frozen=True, gc=False, tag=5):
+class MemberAdd(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=5):
     """Add a learner. Carries the cluster token's proof: the cluster id that the joining node computed or was told."""
 
     id: int
@@ -117,17 +117,17 @@ class MemberAdd(Struct, array_like=True, frozen=True, gc=False, tag=5):
     node_id: str
 
 
-class MemberPromote(Struct, array_like=True, frozen=True, gc=False, tag=6):
+class MemberPromote(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=6):
     id: int
     name: str
 
 
-class MemberRemove(Struct, array_like=True, frozen=True, gc=False, tag=7):
+class MemberRemove(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=7):
     id: int
     name: str
 
 
-class TransferLeader(Struct, array_like=True, frozen=True, gc=False, tag=8):
+class TransferLeader(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=8):
     """Hand leadership to `name`; empty lets the leader choose."""
 
     id: int
@@ -140,7 +140,7 @@ ClientFrame = Union[Hello, Write, Read, StatusRequest, MemberAdd, MemberPromote,
 # --- frames, server to client ----------------------------------------------------------------------------------------
 
 
-class Welcome(Struct, array_like=True, frozen=True, gc=False, tag=1):
+class Welcome(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=1):
     id: int
     protocol: int
     cluster_id: str
@@ -148,14 +148,14 @@ class Welcome(Struct, array_like=True, frozen=True, gc=False, tag=1):
     leader_client_address: str
 
 
-class Answer(Struct, array_like=True, frozen=True, gc=False, tag=2):
+class Answer(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=2):
     """The encoded `model.Result` of a request (an `ErrorResult` is one of them)."""
 
     id: int
     result: Raw
 
 
-class Failure(Struct, array_like=True, frozen=True, gc=False, tag=3):
+class Failure(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=3):
     """No result: the request was not taken, or its outcome is unknown. `leader` helps where code is `not_leader`.
     Id 0 speaks of the connection, which the server then closes."""
 
@@ -165,12 +165,12 @@ class Failure(Struct, array_like=True, frozen=True, gc=False, tag=3):
     leader: str = ""
 
 
-class StatusAnswer(Struct, array_like=True, frozen=True, gc=False, tag=4):
+class StatusAnswer(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=4):
     id: int
     status: model.NodeStatus
 
 
-class AdminAnswer(Struct, array_like=True, frozen=True, gc=False, tag=5):
+class AdminAnswer(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=5):
     """A membership change or a hand-over is done. `members` is the configuration after it."""
 
     id: int

@@ -2,6 +2,7 @@
 
 All are msgspec structs that travel as msgpack arrays with an integer tag in front, so one C call decodes and type
 checks a request (see `codec.py`). A tag or a field's place never changes; new fields go at the end, with a default.
+What has more fields than we know is refused, not read in part: two replicas must never read one entry differently.
 
 Keys and values are bytes. A **range** is `[start, end)`; `end=None` means the one key `start`, and `end=b""` means
 no upper bound. `prefix_end` gives the end of a prefix.
@@ -37,7 +38,7 @@ def prefix_end(prefix: bytes) -> bytes:
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-class Record(Struct, array_like=True, frozen=True, gc=False):
+class Record(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
     """One key as it stands at a revision. `version` counts its changes since it was created, from 1."""
 
     key: bytes
@@ -51,7 +52,7 @@ class Record(Struct, array_like=True, frozen=True, gc=False):
 # --- operations: they stand alone or inside a transaction ------------------------------------------------------------
 
 
-class Put(Struct, array_like=True, frozen=True, gc=False, tag=1):
+class Put(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=1):
     """Set `key` to `value`. `lease` 0 is none; `prev` asks for the record as it was."""
 
     key: bytes
@@ -60,7 +61,7 @@ class Put(Struct, array_like=True, frozen=True, gc=False, tag=1):
     prev: bool = False
 
 
-class Delete(Struct, array_like=True, frozen=True, gc=False, tag=2):
+class Delete(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=2):
     """Delete a key or a range. Deleting what is not there changes nothing."""
 
     start: bytes
@@ -76,7 +77,7 @@ class SortBy(IntEnum):
     VALUE = 4
 
 
-class Range(Struct, array_like=True, frozen=True, gc=False, tag=3):
+class Range(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=3):
     """Read a key or a range.
 
     `limit` 0 is none (the result's size is bounded all the same: `more` says that something was left out, and the
@@ -94,7 +95,7 @@ class Range(Struct, array_like=True, frozen=True, gc=False, tag=3):
     sort: SortBy = SortBy.KEY
 
 
-class Add(Struct, array_like=True, frozen=True, gc=False, tag=4):
+class Add(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=4):
     """Add `delta` to a signed 64-bit decimal; an absent key counts as 0. Keeps the record's lease.
 
     A result outside `[min, max]`, an overflow, or a value that is no number refuses the whole transaction.
@@ -125,7 +126,7 @@ class Relation(IntEnum):
     GREATER = 3
 
 
-class Compare(Struct, array_like=True, frozen=True, gc=False):
+class Compare(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
     """One condition on the state before the transaction.
 
     On a single key (`end=None`) an absent record has version, revisions, lease and count 0, number 0, and no value:
@@ -140,7 +141,7 @@ class Compare(Struct, array_like=True, frozen=True, gc=False):
     end: bytes | None = None
 
 
-class Txn(Struct, array_like=True, frozen=True, tag=5):
+class Txn(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, tag=5):
     """If every compare holds, do `success`, else `failure`, in one revision. A key is written at most once in it."""
 
     compare: tuple[Compare, ...] = ()
@@ -154,23 +155,23 @@ Operation = Union[Put, Delete, Range, Add, Txn]
 # --- requests that are no operation ----------------------------------------------------------------------------------
 
 
-class OpenSession(Struct, array_like=True, frozen=True, gc=False, tag=16):
+class OpenSession(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=16):
     """Open a session. Its id is never reused."""
 
 
-class CloseSession(Struct, array_like=True, frozen=True, gc=False, tag=17):
+class CloseSession(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=17):
     """Close the session that carries this request."""
 
 
-class KeepSession(Struct, array_like=True, frozen=True, gc=False, tag=18):
+class KeepSession(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=18):
     """Renew the session that carries this request; nothing else."""
 
 
-class ExpireSessions(Struct, array_like=True, frozen=True, gc=False, tag=19):
+class ExpireSessions(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=19):
     """End every session whose time has passed in log time. Proposed by the leader, never by a client."""
 
 
-class Compact(Struct, array_like=True, frozen=True, gc=False, tag=20):
+class Compact(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=20):
     """Forget history below `revision`: reads at an older one are refused from then on."""
 
     revision: int
@@ -184,18 +185,18 @@ asks for its read to be ordered with its writes.)"""
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-class PutResult(Struct, array_like=True, frozen=True, gc=False, tag=1):
+class PutResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=1):
     revision: int
     prev: Record | None = None
 
 
-class DeleteResult(Struct, array_like=True, frozen=True, gc=False, tag=2):
+class DeleteResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=2):
     revision: int
     deleted: int
     prev: tuple[Record, ...] = ()
 
 
-class RangeResult(Struct, array_like=True, frozen=True, gc=False, tag=3):
+class RangeResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=3):
     """`revision` is the store's when the range was read, also where the range itself was read at an older one."""
 
     revision: int
@@ -204,36 +205,36 @@ class RangeResult(Struct, array_like=True, frozen=True, gc=False, tag=3):
     more: bool = False
 
 
-class AddResult(Struct, array_like=True, frozen=True, gc=False, tag=4):
+class AddResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=4):
     revision: int
     value: int
 
 
-class TxnResult(Struct, array_like=True, frozen=True, tag=5):
+class TxnResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, tag=5):
     revision: int
     succeeded: bool
     results: tuple[OperationResult, ...]
 
 
-class SessionResult(Struct, array_like=True, frozen=True, gc=False, tag=16):
+class SessionResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=16):
     """Answer to OpenSession, CloseSession and KeepSession. `ttl_ms` is how long a session lives without a request."""
 
     session: int
     ttl_ms: int
 
 
-class CompactResult(Struct, array_like=True, frozen=True, gc=False, tag=20):
+class CompactResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=20):
     revision: int
 
 
-class DoneResult(Struct, array_like=True, frozen=True, gc=False, tag=21):
+class DoneResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=21):
     """Answer to a request that has nothing more to say. `count` is how many things it acted on."""
 
     revision: int
     count: int = 0
 
 
-class ErrorResult(Struct, array_like=True, frozen=True, gc=False, tag=127):
+class ErrorResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=127):
     """A refusal, as a result: the request changed nothing. `operation` is as in `errors.KvError`."""
 
     code: str
@@ -258,7 +259,7 @@ Result = Union[
 # --- the cluster, as its users see it --------------------------------------------------------------------------------
 
 
-class Member(Struct, array_like=True, frozen=True, gc=False):
+class Member(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
     """A member of the configuration. `voter` is false for a learner. `node_id` is empty until the node has said it."""
 
     name: str
@@ -268,7 +269,7 @@ class Member(Struct, array_like=True, frozen=True, gc=False):
     voter: bool
 
 
-class PeerStatus(Struct, array_like=True, frozen=True, gc=False):
+class PeerStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
     """How a leader sees a peer: connected or not, and the last log index it is known to hold."""
 
     name: str
@@ -276,7 +277,7 @@ class PeerStatus(Struct, array_like=True, frozen=True, gc=False):
     match_index: int
 
 
-class NodeStatus(Struct, array_like=True, frozen=True):
+class NodeStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """What one node says of itself. `leader` is empty where it knows none."""
 
     name: str

@@ -34,6 +34,12 @@ class _Stored(msgspec.Struct, array_like=True, frozen=True):
     members: tuple[Member, ...]
 
 
+class _AnyFormat(msgspec.Struct, array_like=True, frozen=True):
+    """What every format begins with."""
+
+    format: int
+
+
 class Configuration(msgspec.Struct, frozen=True):
     """The members by name, sorted."""
 
@@ -47,7 +53,7 @@ class Configuration(msgspec.Struct, frozen=True):
     def decode(payload: bytes) -> Configuration:
         """From what `encode` made. Raises `MalformedConfiguration`, `NewerConfiguration`."""
         try:
-            stored_format = msgspec.msgpack.decode(payload, type=tuple[int, msgspec.Raw])[0]
+            stored_format = msgspec.msgpack.decode(payload, type=_AnyFormat).format
             if stored_format > CONFIGURATION_FORMAT:
                 raise NewerConfiguration(
                     f"configuration of format {stored_format}; this version knows {CONFIGURATION_FORMAT}"

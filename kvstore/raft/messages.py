@@ -20,7 +20,7 @@ class MalformedMessage(Exception):
     """Bytes that are no message of ours."""
 
 
-class AppendEntries(Struct, array_like=True, frozen=True, tag=1):
+class AppendEntries(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, tag=1):
     """The leader's entries after `(prev_index, prev_term)`; none for a heartbeat."""
 
     term: int
@@ -30,7 +30,7 @@ class AppendEntries(Struct, array_like=True, frozen=True, tag=1):
     entries: tuple[tuple[int, bytes], ...]
 
 
-class AppendReply(Struct, array_like=True, frozen=True, gc=False, tag=2):
+class AppendReply(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=2):
     """`success`: the follower holds, durably, all that precedes `next_index`. Otherwise: send from `next_index` on."""
 
     term: int
@@ -38,7 +38,7 @@ class AppendReply(Struct, array_like=True, frozen=True, gc=False, tag=2):
     success: bool
 
 
-class RequestVote(Struct, array_like=True, frozen=True, gc=False, tag=3):
+class RequestVote(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=3):
     """`transfer`: the leader itself asked for this election, so loyalty to it must not stop it."""
 
     term: int
@@ -47,13 +47,13 @@ class RequestVote(Struct, array_like=True, frozen=True, gc=False, tag=3):
     transfer: bool = False
 
 
-class VoteReply(Struct, array_like=True, frozen=True, gc=False, tag=4):
+class VoteReply(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=4):
     """A vote granted in `term`. A refusal is silence, or a `TermNotice`."""
 
     term: int
 
 
-class PreVote(Struct, array_like=True, frozen=True, gc=False, tag=5):
+class PreVote(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=5):
     """Would you vote for me in `next_term`? Changes nothing at either side (Ongaro's thesis, 9.6)."""
 
     term: int
@@ -62,7 +62,7 @@ class PreVote(Struct, array_like=True, frozen=True, gc=False, tag=5):
     last_log_term: int
 
 
-class PreVoteReply(Struct, array_like=True, frozen=True, gc=False, tag=6):
+class PreVoteReply(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=6):
     """`removed`: the asking node is no longer a member, and should stop asking."""
 
     term: int
@@ -71,38 +71,38 @@ class PreVoteReply(Struct, array_like=True, frozen=True, gc=False, tag=6):
     removed: bool = False
 
 
-class TermNotice(Struct, array_like=True, frozen=True, gc=False, tag=7):
+class TermNotice(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=7):
     """There is a newer term than the one you spoke in."""
 
     term: int
 
 
-class TimeoutNow(Struct, array_like=True, frozen=True, gc=False, tag=8):
+class TimeoutNow(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=8):
     """Hand-over: you have everything, start an election at once (thesis, 3.10)."""
 
     term: int
 
 
-class ReadProbe(Struct, array_like=True, frozen=True, gc=False, tag=9):
+class ReadProbe(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=9):
     """Am I still your leader? Round 0 is a bare sign of life for a peer that is receiving a snapshot."""
 
     term: int
     round: int
 
 
-class ReadAck(Struct, array_like=True, frozen=True, gc=False, tag=10):
+class ReadAck(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=10):
     term: int
     round: int
 
 
-class ReadRequest(Struct, array_like=True, frozen=True, gc=False, tag=11):
+class ReadRequest(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=11):
     """A follower asks its leader for a read index."""
 
     term: int
     id: int
 
 
-class ReadReply(Struct, array_like=True, frozen=True, gc=False, tag=12):
+class ReadReply(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=12):
     """Serve read `id` once you have applied `index`; 0: I cannot tell, ask again."""
 
     term: int

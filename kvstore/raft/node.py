@@ -408,8 +408,9 @@ class RaftNode:
             try:
                 message = messages.decode(body)
             except messages.MalformedMessage as error:
-                self._guard.dropped["malformed"] += 1
-                self._log.warning("malformed message", sender=peer, error=str(error))
+                count = self._guard.dropped["malformed"] = self._guard.dropped["malformed"] + 1
+                if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th …: a flood of them floods no log
+                    self._log.warning("malformed message", sender=peer, error=str(error), count=count)
                 continue
             self._act(self._guard.receive(peer, message, now), now)
 

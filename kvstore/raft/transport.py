@@ -26,7 +26,7 @@ import asyncio
 import errno
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 from kvstore.env import Environment, Listener, Log, Timer
 from kvstore.errors import KvError, StartupError, Unavailable, error_for
@@ -412,5 +412,4 @@ class _Closed(asyncio.Protocol):
     """Takes a stream that we do not want, and closes it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.abort()
+        cast(asyncio.Transport, transport).abort()  # uvloop's is none by inheritance

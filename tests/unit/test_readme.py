@@ -19,6 +19,7 @@ def test_the_client_example_runs(tmp_path: Path) -> None:
         [sys.executable, "-W", "error", "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert ran.stderr == ""
-    lines = ran.stdout.splitlines()
-    assert [line.startswith("placed in revision") for line in lines] == [True, True, True, False]
-    assert lines[-1].endswith("[out_of_range]")
+    assert len([line for line in example.splitlines() if line]) <= 10
+    refusal, orders = ran.stdout.splitlines()
+    assert refusal.endswith("[out_of_range]")
+    assert orders == "[b'order/0', b'order/1', b'order/2']"
