@@ -113,7 +113,7 @@ UNAVAILABLE_CODES = frozenset(
         "shutting_down",
         "membership_busy",  # one membership change at a time
         "transfer_failed",
-        "timeout",  # nothing of it was ever sent
+        "timeout",  # no answer in time, and no definite no
         "closed",
     }
 )

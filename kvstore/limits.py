@@ -2,6 +2,7 @@
 
 A door calls `check_mutation` or `check_read` before a request goes any further, so nothing that fails here ever
 reaches a log entry. What depends on the state (a missing lease, a refused Add) is not judged here but in `apply`.
+What is no request at all (a str among the operations) is its maker's mistake, and no decoder lets it in: `TypeError`.
 """
 
 from __future__ import annotations
@@ -35,21 +36,31 @@ def check_read(request: Range | Txn, size_bytes: int) -> None:
 
 
 def is_read_only(txn: Txn) -> bool:
-    """True if no branch writes."""
-    for operation in (*txn.success, *txn.failure):
-        if isinstance(operation, Txn):
-            if not is_read_only(operation):
+    """True if no branch writes. Raises `Refused` where transactions are nested too deep, however deep that is."""
+    return _is_read_only(txn, (), 1)
+
+
+def _is_read_only(txn: Txn, path: tuple[int, ...], depth: int) -> bool:
+    _check_depth(path, depth)
+    for branch in (txn.success, txn.failure):
+        for position, operation in enumerate(branch):
+            if isinstance(operation, Txn):
+                if not _is_read_only(operation, (*path, position), depth + 1):
+                    return False
+            elif not isinstance(operation, Range):
                 return False
-        elif not isinstance(operation, Range):
-            return False
     return True
 
 
-def _check_txn(txn: Txn, path: tuple[int, ...], depth: int) -> int:
+def _check_depth(path: tuple[int, ...], depth: int) -> None:
     if depth > model.TXN_DEPTH_MAX:
         raise Refused(
             f"transactions nested deeper than {model.TXN_DEPTH_MAX}", code="too_many_operations", operation=path
         )
+
+
+def _check_txn(txn: Txn, path: tuple[int, ...], depth: int) -> int:
+    _check_depth(path, depth)
     for compare in txn.compare:
         _check_compare(compare, path)
     count = len(txn.compare) + len(txn.success) + len(txn.failure)
@@ -74,6 +85,7 @@ def _check_operation(operation: Put | Delete | Range | Add | Txn, path: tuple[in
     kind = type(operation)
     if kind is Put:
         _check_key(operation.key, path)  # type: ignore[union-attr]
+        _check_bytes("value", operation.value)  # type: ignore[union-attr]
         size = len(operation.value)  # type: ignore[union-attr]
         if size > model.VALUE_BYTES_MAX:
             raise Refused(
@@ -84,7 +96,8 @@ def _check_operation(operation: Put | Delete | Range | Add | Txn, path: tuple[in
     elif kind is Add:
         _check_add(operation, path)  # type: ignore[arg-type]
     else:
-        assert isinstance(operation, (Delete, Range))
+        if not isinstance(operation, (Delete, Range)):
+            raise TypeError(f"an operation is a Put, Delete, Range, Add or Txn, not {kind.__name__}{_at(path)}")
         _check_range(operation.start, operation.end, path)
         if isinstance(operation, Range) and (operation.limit < 0 or operation.revision < 0):
             raise Refused("limit and revision must not be negative", code="invalid_range", operation=path)
@@ -100,6 +113,8 @@ def _check_add(add: Add, path: tuple[int, ...]) -> None:
 
 
 def _check_compare(compare: Compare, path: tuple[int, ...]) -> None:
+    if type(compare) is not Compare:
+        raise TypeError(f"a compare is a Compare, not {type(compare).__name__}{_at(path)}")
     _check_range(compare.key, compare.end, path)
     if isinstance(compare.operand, bytes) is not (compare.target is Target.VALUE):
         raise Refused("a compare on VALUE takes bytes, any other a number", code="invalid_request", operation=path)
@@ -107,7 +122,17 @@ def _check_compare(compare: Compare, path: tuple[int, ...]) -> None:
         raise Refused("operand of a compare is no signed 64-bit number", code="invalid_request", operation=path)
 
 
+def _at(path: tuple[int, ...]) -> str:
+    return f" (operation {'.'.join(map(str, path))})" if path else ""
+
+
+def _check_bytes(name: str, value: object) -> None:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{name} must be bytes, not {type(value).__name__}")
+
+
 def _check_key(key: bytes, path: tuple[int, ...]) -> None:
+    _check_bytes("key", key)
     if not key:
         raise Refused("a key must not be empty", code="key_empty", operation=path)
     if len(key) > model.KEY_BYTES_MAX:
@@ -121,6 +146,7 @@ def _check_range(start: bytes, end: bytes | None, path: tuple[int, ...]) -> None
         _check_key(start, path)
         return
     for key in (start, end):
+        _check_bytes("key", key)
         if len(key) > model.KEY_BYTES_MAX:
             raise Refused(
                 f"key of {len(key)} bytes is over the limit of {model.KEY_BYTES_MAX}",

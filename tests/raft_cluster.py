@@ -290,6 +290,8 @@ class ScriptedPeer:
     def accept(self, identity: Identity) -> tuple[str, str] | None:
         return None
 
+    judge = accept
+
     def peer_up(self, name: str) -> None:
         return
 

@@ -17,6 +17,9 @@ from kvstore.model import Member, NodeStatus
 # A node that does not answer its status in this time is shown as unreachable.
 _STATUS_TIMEOUT_S = 1.0
 _POLL_S = 0.05
+STATUS_COLUMNS = ("node", "address", "role", "leader", "term", "commit", "applied", "revision", "note")
+# A digest stands there whole; why a node's disk failed takes several lines.
+STATUS_WIDTHS = {"note": 40}
 
 
 @click.command()
@@ -52,10 +55,7 @@ def status(digest: bool, output: str, connection: Connection) -> None:
             ]
         )
         return
-    print_table(
-        ("node", "address", "role", "leader", "term", "commit", "applied", "revision", "note"),
-        [_status_row(member, answer) for member, answer in nodes],
-    )
+    print_table(STATUS_COLUMNS, [_status_row(member, answer) for member, answer in nodes], widths=STATUS_WIDTHS)
 
 
 @click.command()
@@ -136,8 +136,15 @@ def remove(name: str, connection: Connection) -> None:
 @connection_options
 def transfer(name: str, connection: Connection) -> None:
     """Hand leadership to NAME, or to the node that is furthest."""
-    connection.call(lambda client: client.transfer_leader(name))
-    click.echo("leadership was handed over")
+
+    async def hand_over(client: Client) -> bool:
+        if name and (await client.status()).leader == name:
+            return False
+        await client.transfer_leader(name)
+        return True
+
+    handed_over = connection.call(hand_over)
+    click.echo("leadership was handed over" if handed_over else f"{name} leads already")
 
 
 def _status_row(member: Member, answer: NodeStatus | KvError) -> tuple[str, ...]:

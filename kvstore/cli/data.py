@@ -9,7 +9,7 @@ import click
 
 from kvstore import model
 from kvstore.cli import txn_text
-from kvstore.cli.options import Connection, connection_options, encoding_option, output_option
+from kvstore.cli.options import Connection, NumbersAreArguments, connection_options, encoding_option, output_option
 from kvstore.cli.text import print_json, print_records, record_json, to_bytes, to_text
 from kvstore.client.client import Client
 
@@ -27,7 +27,7 @@ revision_option = click.option(
 )
 
 
-@click.command()
+@click.command(cls=NumbersAreArguments)
 @click.argument("key")
 @click.option("--value-only", is_flag=True, help="Write the value's bytes and nothing else.")
 @level_option
@@ -57,14 +57,17 @@ def get(
     return 0
 
 
-@click.command()
+@click.command(cls=NumbersAreArguments)
 @click.argument("key")
 @click.argument("value")
 @encoding_option
 @output_option
 @connection_options
 def put(key: str, value: str, encoding: str, output: str, connection: Connection) -> None:
-    """Set a key. A VALUE of - reads it from standard input, as it is."""
+    """Set a key. A VALUE of - reads it from standard input, as it is.
+
+    Write -- before a KEY or VALUE that begins with a dash and is no number: kvstore put -- greeting -hello-
+    """
     name = to_bytes(key, encoding)
     data = sys.stdin.buffer.read(model.VALUE_BYTES_MAX + 1) if value == "-" else to_bytes(value, encoding)
     result = connection.call(lambda client: client.put(name, data))
@@ -74,7 +77,7 @@ def put(key: str, value: str, encoding: str, output: str, connection: Connection
         click.echo(f"revision {result.revision}")
 
 
-@click.command(name="del")
+@click.command(name="del", cls=NumbersAreArguments)
 @click.argument("key")
 @click.argument("end", required=False)
 @click.option("--prefix", is_flag=True, help="Delete every key that starts with KEY.")
@@ -91,7 +94,7 @@ def delete(key: str, end: str | None, prefix: bool, encoding: str, output: str, 
         click.echo(f"deleted {result.deleted}, revision {result.revision}")
 
 
-@click.command(name="range")
+@click.command(name="range", cls=NumbersAreArguments)
 @click.argument("start", default="")
 @click.argument("end", required=False)
 @click.option("--prefix", is_flag=True, help="Every key that starts with START.")

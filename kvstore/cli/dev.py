@@ -2,7 +2,8 @@
 
 A supervisor with one asyncio task per child: it starts the child, passes its output on with the node's name in front,
 and starts it again after a while if it died. `DATA/cluster.json` tells others (a demo that kills the leader, say) who
-runs where; it is rewritten, atomically, whenever that changes.
+runs where; it is rewritten, atomically, whenever that changes. `DATA/dev.lock` is held all the while, so that a second
+supervisor there touches nothing.
 
 Children run in sessions of their own, so that Ctrl-C reaches only the supervisor, and they hold a pipe to it, so that
 they end with it even if it is killed.
@@ -18,6 +19,7 @@ import secrets
 import signal
 import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ import click
 from msgspec import Struct
 
 import kvstore
-from kvstore.errors import KvError
+from kvstore.env import SystemFiles
+from kvstore.errors import KvError, StartupError
 from kvstore.server.identity import cluster_id
 
 HOST = "127.0.0.1"
@@ -77,9 +80,35 @@ class Supervisor:
     def endpoints(self) -> str:
         return ",".join(node.client_address for node in self._nodes)
 
+    @property
+    def cluster_id(self) -> str:
+        return cluster_id([node.name for node in self._nodes], self._token)
+
     async def run(self) -> int:
-        """Until SIGINT, SIGTERM, or until no child is left. The process's exit code."""
-        self._path.mkdir(parents=True, exist_ok=True)
+        """Until SIGINT, SIGTERM, or until no child is left. The process's exit code. Raises `StartupError`."""
+        release = self._lock()
+        try:
+            return await self._run()
+        finally:
+            release()
+
+    def _lock(self) -> Callable[[], None]:
+        """Take the directory for this supervisor; call what is returned to give it back."""
+        path = self._path / "dev.lock"
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            release = SystemFiles().lock(str(path))
+        except OSError as error:
+            raise StartupError(f"cannot use the data directory {self._path}: {error}") from error
+        if release is None:
+            raise StartupError(
+                f"another `kvstore dev` runs in {self._path}; use that one, stop it, or give this one a directory and "
+                "a --base-port of its own",
+                code="data_dir_in_use",
+            )
+        return release
+
+    async def _run(self) -> int:
         self._token = _kept_token(self._path / "token")
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -183,22 +212,22 @@ class Supervisor:
     # --- what others are told -----------------------------------------------------------------------------------------
 
     async def _announce(self) -> None:
-        """Say where the cluster is, once it can be used."""
-        async with kvstore.connect(self.endpoints, timeout_s=2.0) as client:
+        """Say where the cluster is, once it can be used: this one, whoever else may listen on its ports."""
+        async with kvstore.connect(self.endpoints, timeout_s=2.0, cluster_id=self.cluster_id) as client:
             while True:
                 try:
                     status = await client.status()
                     if status.leader:
                         break
                 except KvError:
-                    pass  # not yet: nothing listens, or no leader is elected
+                    pass  # not yet: nothing listens, no leader is elected, or another cluster has our ports
                 await asyncio.sleep(_LEADER_POLL_S)
         self._say(f"{len(self._nodes)} nodes, {status.leader} leads; data in {self._path}")
         self._say(f"export KVSTORE_ENDPOINTS={self.endpoints}")
 
     def _write_cluster(self) -> None:
         document = {
-            "cluster_id": cluster_id([node.name for node in self._nodes], self._token),
+            "cluster_id": self.cluster_id,
             "endpoints": self.endpoints,
             "supervisor_pid": os.getpid(),
             "nodes": [

@@ -38,8 +38,18 @@ _ADVICE = {
 }
 
 
+def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from kvstore.cli.serve import version
+
+        click.echo(f"kvstore {version() or '(run from its source, not installed)'}")
+        context.exit()
+
+
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="kvstore")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Which this is."
+)
 def cli() -> None:
     """A replicated, transactional key-value store.
 
@@ -69,7 +79,7 @@ def show_error(error: KvError) -> None:
     """On stderr: what happened, its code, what to do next."""
     where = f" (operation {'.'.join(map(str, error.operation))})" if error.operation else ""
     click.echo(f"{click.style('error', fg='red', bold=True)} [{error.code}]{where}: {error.message}", err=True)
-    advice = _ADVICE.get(type(error))
+    advice = _ADVICE.get(type(error)) if error.code != "storage_failed" else None  # its message says what to do
     if advice:
         click.echo(advice, err=True)
 

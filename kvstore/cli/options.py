@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -14,6 +15,26 @@ from kvstore.client.client import Client
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+# No letter in it is a short option; click would take it for one.
+_NUMBER = re.compile(r"-\.?[0-9][0-9._,eE+-]*")
+
+
+class NumbersAreArguments(click.Command):
+    """A command in which `-5` is an argument though it begins as an option does. Any other unknown option is refused,
+    as ever."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        before = args[: args.index("--")] if "--" in args else args
+        if any(_NUMBER.fullmatch(arg) for arg in before):
+            known = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+            for arg in before:
+                name = arg.partition("=")[0] if arg.startswith("--") else arg[:2]
+                if len(arg) > 1 and arg[0] == "-" and name not in known and not _NUMBER.fullmatch(arg):
+                    raise click.NoSuchOption(name, ctx=ctx)
+            ctx.ignore_unknown_options = True
+        return super().parse_args(ctx, args)
 
 
 class Connection:

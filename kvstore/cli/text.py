@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -58,14 +58,19 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, indent=2))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table as wide as its terminal; as wide as it needs to be where there is none."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, widths: Mapping[str, int] | None = None
+) -> None:
+    """A table as wide as its terminal; as wide as it needs to be where there is none. A column in `widths` is at most
+    that wide in any case, and its cells are wrapped."""
     from rich import box
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*(Column(name, overflow="fold") for name in columns), box=box.SIMPLE_HEAD, pad_edge=False)
+    limits = widths or {}
+    shapes = (Column(name, overflow="fold", max_width=limits.get(name)) for name in columns)
+    table = Table(*shapes, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_UNBOUNDED)

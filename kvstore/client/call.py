@@ -10,7 +10,9 @@ What an attempt's end means:
 | `session_expired` | took no effect | a new session, if no earlier attempt is in doubt; else the outcome is unknown |
 
 The same mutation keeps its (session, seq) through all attempts, so the store applies it once. At the deadline a
-mutation with an attempt in doubt ends as `OutcomeUnknown`; anything else as `Unavailable(timeout)`.
+mutation with an attempt in doubt ends as `OutcomeUnknown`; anything else as `Unavailable`. Its code is that of the last
+definite no (`storage_failed`, `no_leader` …), whoever was told it: the call, the opening of its session, or, where
+nothing could be sent, the pool; `timeout` where there was none, or something newer is unanswered.
 
 A call has one future, which its caller awaits, and no task: attempts, backoff and deadline are callbacks.
 """
@@ -26,7 +28,7 @@ from msgspec import Raw
 
 from kvstore import codec
 from kvstore.client.deadlines import Deadlines
-from kvstore.client.pool import Link, Pool, Route
+from kvstore.client.pool import Link, Pool, Reason, Route
 from kvstore.codec import Answer, ClientFrame, Failure, Read, ServerFrame, Write
 from kvstore.errors import UNAVAILABLE_CODES, KvError, OutcomeUnknown, Refused, Unavailable, error_for
 from kvstore.model import ErrorResult
@@ -54,6 +56,7 @@ class Call:
         "deadline",
         "future",
         "in_doubt",
+        "last_code",
         "last_error",
         "parked",
         "route",
@@ -72,6 +75,8 @@ class Call:
         self.parked = False
         self.in_doubt = False
         """True once an attempt ended that may have taken effect."""
+        self.last_code = ""
+        """The code of the last attempt's end if that was a definite no, else empty."""
         self.last_error = ""
         self.route = route
         self.slot = 0
@@ -116,7 +121,7 @@ class Call:
             self.future.set_exception(error)
 
     def expire(self) -> None:
-        self.fail(self.late("no answer in time", "timeout"))
+        self.fail(self.late("no answer in time", self.reason().code or "timeout"))
 
     def drop(self) -> None:
         """The caller is gone."""
@@ -154,8 +159,19 @@ class Call:
         self._dispatcher.done(self)
         self.released()
 
+    def reason(self) -> Reason:
+        """Why this call is not done yet, as far as anybody knows."""
+        if self.last_error:
+            return Reason("" if self.under_way else self.last_code, self.last_error)
+        if self._link is not None:
+            return Reason("", f"{self._link.address} has not answered")
+        return self._why_not_sent()
+
+    def _why_not_sent(self) -> Reason:
+        return self._dispatcher.why_parked(self.route)
+
     def _message(self, what: str) -> str:
-        reason = self.last_error or self._dispatcher.last_error
+        reason = self.reason().text
         return f"{what} (attempts: {self.attempts}{'; last: ' + reason if reason else ''})"
 
     # --- sink ---------------------------------------------------------------------------------------------------------
@@ -168,7 +184,7 @@ class Call:
             try:
                 result = codec.decode_result(frame.result)
             except Refused as error:  # the node did something, and we cannot read what
-                self.last_error = str(error)
+                self.last_code, self.last_error = "", str(error)
                 self.in_doubt = True
                 if link is not None:
                     link.close(f"it gave an answer that is none: {error}")
@@ -184,10 +200,10 @@ class Call:
             self.finish(frame)
             return
         if code in UNAVAILABLE_CODES:
-            self.last_error = f"{link.address if link else ''}: {message} [{code}]"
+            self.last_code, self.last_error = code, f"{link.address if link else ''}: {message} [{code}]"
             self._dispatcher.unavailable(self, link, code, message, hint)
         elif code == "outcome_unknown":
-            self.last_error = f"{link.address if link else ''}: {message} [{code}]"
+            self.last_code, self.last_error = "", f"{link.address if link else ''}: {message} [{code}]"
             self.in_doubt = True
             self.lost()
         else:
@@ -197,6 +213,7 @@ class Call:
         if self._over:
             return
         link, self._link = self._link, None
+        self.last_code = ""
         self.last_error = link.last_error if link is not None else self.last_error
         self.in_doubt = True
         self.lost()
@@ -304,7 +321,7 @@ class WriteCall(Call):
                 self._sessions.readmit(self)
         elif session is not None and code == "session_full":
             # Answers that this client has by now fill the server's store; the next frame acknowledges them.
-            self.last_error = f"{message} [{code}]"
+            self.last_code, self.last_error = "", f"{message} [{code}]"
             self._dispatcher.again(self)
         elif code == "stale_sequence":
             self.fail(OutcomeUnknown(self._message("the store no longer has the answer")))
@@ -315,6 +332,14 @@ class WriteCall(Call):
         if self.session is not None and (self.in_doubt or self.under_way):
             return OutcomeUnknown(self._message(f"{what}; the write may have taken effect, at most once"))
         return super().late(what, code)
+
+    def _why_not_sent(self) -> Reason:
+        # In line for a session: what keeps that from opening keeps this call.
+        opening = self._sessions.opening if self.session is None else None
+        if opening is not None and opening is not self:
+            code, text = opening.reason()
+            return Reason(code, f"opening a session: {text}" if text else "")
+        return super()._why_not_sent()
 
     def released(self) -> None:
         self._sessions.over(self)
@@ -340,9 +365,8 @@ class Dispatcher:
         self._next_id = next_id
         self._reads = 0
 
-    @property
-    def last_error(self) -> str:
-        return self._pool.last_error
+    def why_parked(self, route: Route) -> Reason:
+        return self._pool.why_parked(route)
 
     @property
     def leader_ready(self) -> bool:

@@ -304,7 +304,8 @@ class Client:
     # --- optimistic transactions --------------------------------------------------------------------------------------
 
     def transaction(self, *, timeout: float | None = None) -> Transaction:
-        """One attempt at a serializable transaction of reads and writes: `async with kv.transaction() as txn: ...`
+        """One attempt at a serializable transaction: `async with kv.transaction() as txn: ...`. Its end raises
+        `Refused(conflict)` when another writer was faster; `run_transaction` is the one that tries again.
 
         All reads see one revision, and the transaction's own writes. Leaving the block commits: if anything that was
         read has changed since, also by a key that newly appeared in a range, it raises `Refused(conflict)` and

@@ -19,7 +19,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvstore import codec
 from kvstore.client.connection import ENDPOINTS_MAX, Channel, Connector, split_address
@@ -45,6 +45,13 @@ class Route(IntEnum):
     LEADER = 0  # nobody else can do it
     ANY = 1  # any node can; the leader is one hop shorter
     REPLICA = 2  # any node can, and the leader has better things to do
+
+
+class Reason(NamedTuple):
+    """Why a request is not done yet. `code` is that of a definite no, or empty where there was none."""
+
+    code: str
+    text: str
 
 
 class Parked(Protocol):
@@ -75,6 +82,7 @@ class Link:
         "deposed",
         "given",
         "last_error",
+        "leads_nobody",
         "name",
         "probing",
         "refusal",
@@ -95,6 +103,8 @@ class Link:
         self.retry_at = 0.0
         self.refusal: KvError | None = None
         self.last_error = ""
+        self.leads_nobody: Reason | None = None
+        """Why its node, by its newest status, can send no write anywhere; None if it can, or has told nothing yet."""
         self.probing = False
 
     def open(self, now: float) -> bool:
@@ -137,6 +147,7 @@ class Link:
             self._handshake_timer.cancel()
             self._handshake_timer = None
         self.channel = None
+        self.leads_nobody = None
         self.probing = False
         self.state = LinkState.IDLE
         if self.refusal is None:
@@ -280,6 +291,16 @@ class Pool:
         """Why the links that are not ready are not, for a message to people."""
         return "; ".join(link.last_error for link in self._links.values() if link.last_error)
 
+    def why_parked(self, route: Route) -> Reason:
+        """Why there is no way to send. Parked calls send nothing, so no answer to them could tell: those who wait for
+        a leader hear what the nodes said of themselves. A failed disk goes first, because somebody can mend it."""
+        if route is not Route.LEADER or self._leader is not None:
+            return Reason("", self.last_error)
+        told = [link.leads_nobody for link in self._links.values() if link.leads_nobody is not None]
+        told.sort(key=lambda reason: reason.code != "storage_failed")
+        code = told[0].code if told else ""
+        return Reason(code, "; ".join(filter(None, (*(reason.text for reason in told), self.last_error))))
+
     def seek(self) -> None:
         """Begin to open what is needed to reach the leader, or anybody."""
         now = self.loop.time()
@@ -324,6 +345,7 @@ class Pool:
         self._probe_all()
 
     def learn(self, link: Link, status: NodeStatus) -> None:
+        link.leads_nobody = _why_no_leader(link.address, status)
         members = {member.client_address for member in status.members if member.client_address}
         for address in members:
             if address not in self._links and len(self._links) < ENDPOINTS_MAX:
@@ -425,3 +447,11 @@ class Pool:
         if link.channel is not None and not link.probing:
             link.probing = True
             link.channel.send(StatusRequest(self.next_id()), link)
+
+
+def _why_no_leader(address: str, status: NodeStatus) -> Reason | None:
+    if status.storage_error:
+        return Reason("storage_failed", f"{address}: {status.storage_error} [storage_failed]")
+    if status.role != "leader" and not status.leader:
+        return Reason("no_leader", f"{address}: {status.name} knows no leader; see that a majority runs [no_leader]")
+    return None

@@ -81,7 +81,8 @@ class Sessions:
         self._dispatcher = dispatcher
         self._timeout_s = timeout_s
         self._session: Session | None = None
-        self._opening = False
+        self.opening: WriteCall | None = None
+        """The call that opens a session for those in line, while there is one."""
         self._line: OrderedDict[WriteCall, None] = OrderedDict()
         self._unanswered_bytes = 0
         self._renew_every_s = RENEW_EVERY_S
@@ -170,15 +171,15 @@ class Sessions:
                 self._admit(session, call)
 
     def _open(self) -> None:
-        if self._opening or self._closed:
+        if self.opening is not None or self._closed:
             return
-        self._opening = True
         call = WriteCall(self._dispatcher, self._loop, self._loop.time() + self._timeout_s, _OPEN, self)
+        self.opening = call
         call.future.add_done_callback(self._opened)
         self._dispatcher.submit(call)
 
     def _opened(self, future: asyncio.Future[object]) -> None:
-        self._opening = False
+        self.opening = None
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if self._closed:
             return
@@ -192,8 +193,8 @@ class Sessions:
                 self._advance()
                 return
             error = InternalError(f"the server answered {type(result).__name__} to OpenSession")
-        if isinstance(error, Unavailable) and error.code == "timeout":
-            # Those in line have deadlines of their own, and later ones.
+        if isinstance(error, Unavailable):
+            # Its time was up, whatever code it ended with. Those in line have deadlines of their own, and later ones.
             if self._line:
                 self._open()
             return

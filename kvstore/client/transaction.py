@@ -60,7 +60,8 @@ class _RangeSeen(NamedTuple):
 
 
 class Transaction:
-    """One attempt at an optimistic transaction. Made by `Client.transaction` and used as `async with`.
+    """One attempt at an optimistic transaction. Made by `Client.transaction` and used as `async with`, whose end raises
+    `Refused(conflict)` when another writer was faster; `Client.run_transaction` is the one that tries again.
 
     Not for concurrent use by several tasks. After its block it raises ValueError on every use but that of
     `revision`, `result` and `conflicted`.

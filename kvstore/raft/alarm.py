@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from kvstore.env import Environment, Timer
@@ -20,12 +21,16 @@ class Alarm:
         self._at = 0.0
 
     def set(self, due: float) -> None:
-        """Wake at `due` (monotonic seconds) at the latest. An earlier alarm that is set already stays: whoever is woken
-        looks, and sets it anew; most deadlines move on with each message, and moving the timer each time is dearer."""
+        """Wake at `due` (monotonic seconds; infinity: no need) at the latest. An earlier alarm that is set already
+        stays: whoever is woken looks, and sets it anew; most deadlines move on with each message, and moving the timer
+        each time is dearer."""
         if self._timer is not None:
             if self._at <= due:
                 return
             self._timer.cancel()
+            self._timer = None
+        if due == math.inf:
+            return
         now = self._env.clock.monotonic()
         self._at = max(due, now + SOONEST_S)
         self._timer = self._env.scheduler.call_later(self._at - now, self._ring)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import msgspec
 
+from kvstore.errors import KvError
 from kvstore.model import Member, PeerStatus
 
 
@@ -17,6 +19,7 @@ class RaftConfig(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     cluster_id: str
     listen_address: str = ""
+    peer_address: str = ""
     client_address: str = ""
     members: tuple[Member, ...]
     heartbeat_ms: int = 100
@@ -37,3 +40,21 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[PeerStatus, ...]
     storage_error: str
     dropped: Mapping[str, int]
+
+
+class EngineView(Protocol):
+    @property
+    def is_leader(self) -> bool: ...
+    @property
+    def is_candidate(self) -> bool: ...
+
+
+def role_of(failure: KvError | None, engine: EngineView, is_voter: bool) -> str:
+    """The word for what a node is now."""
+    if failure is not None:
+        return "removed" if failure.code == "removed_from_cluster" else "failed"
+    if engine.is_leader:
+        return "leader"
+    if not is_voter:
+        return "learner"
+    return "candidate" if engine.is_candidate else "follower"

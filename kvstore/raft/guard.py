@@ -135,6 +135,7 @@ class Guard:
         self.elections = elections
         self.members = Configuration()
         self.applied_members = Configuration()
+        self.applied_last = (0, 0)  # term and index of the last applied entry, kept up to date by the node
         self.was_member = False
         self.dropped: Counter[str] = Counter()
         self._acked: dict[str, int] = {}  # highest index that each peer has acknowledged in this term
@@ -154,6 +155,16 @@ class Guard:
             ReadRequest: self._read_message,
             ReadReply: self._read_message,
         }
+
+    def set_members(self, members: Configuration) -> None:
+        """The configuration in force from now on. What a name acknowledged counts for the node that had it then: one
+        that joins under the name of a removed one holds nothing yet."""
+        for name in self._acked.keys() | self._refused.keys():
+            before, now = self.members.get(name), members.get(name)
+            if before is None or now is None or (before.node_id and before.node_id != now.node_id):
+                self._acked.pop(name, None)
+                self._refused.pop(name, None)
+        self.members = members
 
     def set_applied_members(self, payload: bytes, node_id: str) -> None:
         """`payload` as the state machine holds it; this node's id tells it from one that had its name before."""
@@ -329,21 +340,21 @@ class Guard:
         """A leader stops sending to a node when its removal enters the log, so the node may never learn that it was
         committed. A node that was a member and is in no configuration any more asks, as it would for votes."""
         self.elections.postpone(now)
-        if self.members.get(self.name) is not None or not self.was_member:
+        if not self.was_member:
             return []
         ask = PreVote(self.engine.term, self.engine.term + 1, self.log.last_index, self.log.last_term)
-        return [Send(voter, ask) for voter in sorted(self.members.voters)]
+        return [Send(voter, ask) for voter in sorted(self.members.voters) if voter != self.name]
 
     def _pre_vote(self, peer: str, m: PreVote, now: float) -> list[Action]:
         engine, log = self.engine, self.log
         up_to_date = (m.last_log_term, m.last_log_index) >= (log.last_term, log.last_index)
         # A removal that is not committed may come to nothing, and a member that we do not know may be newer than our
-        # log; only where ours is no older was it removed.
+        # log; only where what we applied is no older was it removed.
         removed = (
             bool(self.applied_members.members)
             and self.applied_members.get(peer) is None
             and self.members.get(peer) is None
-            and (log.last_term, log.last_index) >= (m.last_log_term, m.last_log_index)
+            and self.applied_last >= (m.last_log_term, m.last_log_index)
         )
         granted = m.next_term > engine.term and up_to_date and not removed and not self._loyal(now)
         return [Send(peer, PreVoteReply(engine.term, m.next_term, granted, removed))]

@@ -16,6 +16,7 @@ serves local reads until it is restarted. Proposals are bounded by the batcher (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,18 +27,19 @@ from kvstore.raft import guard as actions
 from kvstore.raft import messages
 from kvstore.raft.alarm import Alarm
 from kvstore.raft.changes import Changes
-from kvstore.raft.config import RaftConfig, RaftStatus
+from kvstore.raft.config import RaftConfig, RaftStatus, role_of
 from kvstore.raft.elections import Elections
 from kvstore.raft.engine import Engine
 from kvstore.raft.flush import StateFlush
 from kvstore.raft.fsm import Checkpoint, EntryKind, StateMachine
 from kvstore.raft.guard import Guard
 from kvstore.raft.members import Configuration, NewerConfiguration, newest_configuration
-from kvstore.raft.messages import AppendReply, Message, ReadAck, VoteReply
+from kvstore.raft.messages import AppendReply, Message, PreVoteReply, ReadAck, TermNotice, VoteReply
 from kvstore.raft.outbox import Outbox
 from kvstore.raft.proposals import Proposals, Proposed
 from kvstore.raft.reads import ReadIndex
 from kvstore.raft.replicas import Replicas
+from kvstore.raft.roster import Roster, own_identity
 from kvstore.raft.snapshot import Snapshots, StateDirectory
 from kvstore.raft.sync import LogSync
 from kvstore.raft.transport import Identity, Transport
@@ -50,10 +52,8 @@ Done = Callable[[KvError | None], None]
 
 
 class RaftNode:
-    """See the module's docstring. `machine` may be replaced inside by an installed snapshot: always read it here.
-
-    `on_leadership(leads)`, `on_applied()` (after each turn that applied something) and `on_fatal(error)` may be set.
-    """
+    """`machine` may be replaced inside by an installed snapshot: always read it here. `on_leadership(leads)`,
+    `on_applied()` (after each turn that applied something) and `on_fatal(error)` may be set."""
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class RaftNode:
         self._members = Configuration()
         self._members_stale = False
         self._sole_voter = False
-        self._seen: dict[str, Member] = {}  # what members last said of themselves
-        self._identify_due = False  # the configuration may lack some of that
+        self._roster: Roster
+        self._identify_due = False  # the configuration may lack what members said of themselves
         self._was_leader = False
         self._was_term = 0
         self._alarm = Alarm(env, self._wake)
@@ -115,15 +115,20 @@ class RaftNode:
         self._reconcile()
         self._sync = LogSync(env, self._wal, self._wake, self._fail_storage)
         self._flush = StateFlush(env, self._wal, lambda: self._replicas.receiving, self._fail_storage)
-        own = Identity(config.cluster_id, config.name, self._wal.node_id, config.listen_address, config.client_address)
-        self._note(own)
+        own = own_identity(config, self._wal.node_id)
+        self._roster = Roster(own)
         self._transport = Transport(env, own, config.listen_address, self, log=self._log)
         self._snapshots = Snapshots(env, self.machine, self._state_directory, self._transport, self, log=self._log)
         election_s = config.election_min_ms / 1000, config.election_max_ms / 1000
         self._elections = Elections(env.chance, *election_s, env.clock.monotonic())
         self._build_engine()
         if config.listen_address:
-            await self._transport.start()
+            try:
+                await self._transport.start()
+            except StartupError:
+                self._wal.close()
+                self.machine.close()
+                raise
         self._running = True
         self._apply_members()
         self._log.info(
@@ -165,6 +170,7 @@ class RaftNode:
             members_changed=self._on_members_changed,
         )
         self._guard = Guard(config.name, engine, self._wal, self._elections)
+        self._guard.applied_last = (self.machine.applied_term, self.machine.applied_index)
         heartbeat_s, timeout_s = config.heartbeat_ms / 1000, config.election_max_ms / 1000
         self._reads = ReadIndex(config.name, engine, env.chance, self._send_now, heartbeat_s, timeout_s)
         self._reads.applied(self.machine.applied_index)
@@ -254,7 +260,7 @@ class RaftNode:
     def status(self) -> RaftStatus:
         engine, wal = self._engine, self._wal
         return RaftStatus(
-            role=self._role(),
+            role=role_of(self._failure, engine, self._members.is_voter(self.config.name)),
             leader=self.leader,
             term=engine.term,
             commit_index=self.committed,
@@ -269,15 +275,6 @@ class RaftNode:
             storage_error=self._failure.message if self._failure else "",
             dropped=dict(self._guard.dropped),
         )
-
-    def _role(self) -> str:
-        if self._failure is not None:
-            return "removed" if self._failure.code == "removed_from_cluster" else "failed"
-        if self._engine.is_leader:
-            return "leader"
-        if not self._members.is_voter(self.config.name):
-            return "learner"
-        return "candidate" if self._engine.is_candidate else "follower"
 
     def propose(self, payload: bytes, done: Proposed) -> None:
         """Have `payload` committed and applied: `done(result of apply, None)`.
@@ -322,28 +319,15 @@ class RaftNode:
     # --- called by the transport --------------------------------------------------------------------------------------
 
     def accept(self, identity: Identity) -> tuple[str, str] | None:
-        """May this node talk to us? A known name with another node id has lost its disk: its votes and acknowledgements
-        are worth nothing until it is removed and joins anew."""
-        member = self._members.get(identity.name)
-        if member is not None and member.node_id and member.node_id != identity.node_id:
-            return (
-                "node_identity_changed",
-                f"member {identity.name} is known with node id {member.node_id}, not {identity.node_id}: its data "
-                f"directory was lost or swapped. Remove it with `kvstore leave {identity.name}`, then join it again",
-            )
-        if self._note(identity):
-            # A member that our log does not know yet must be answered, so that our log can learn of it.
+        refusal = self._roster.judge(identity)
+        if refusal is None and self._roster.note(identity):
+            self._identify_due = True
             self._set_peers()
             self._wake()
-        return None
+        return refusal
 
-    def _note(self, identity: Identity) -> bool:
-        """Remember what a node said of itself; True if that is news."""
-        said = Member(identity.name, identity.peer_address, identity.client_address, identity.node_id, False)
-        news = self._seen.get(identity.name) != said
-        self._seen[identity.name] = said
-        self._identify_due = self._identify_due or news
-        return news
+    def judge(self, identity: Identity) -> tuple[str, str] | None:
+        return self._roster.judge(identity)
 
     def peer_up(self, name: str) -> None:
         self._guard.peer_up(name)
@@ -398,7 +382,7 @@ class RaftNode:
             self._fail(InternalError(f"consensus met what it must not, and this node stops: {error!r}"))
         else:
             if self._identify_due and self._engine.is_leader:
-                self._identify_due = not self._changes.identify(self._seen)
+                self._identify_due = not self._changes.identify(self._roster.seen)
             self._flush.step(self.machine)
             self._arm()
 
@@ -423,7 +407,7 @@ class RaftNode:
                 self._engine.deliver(action.peer, action.message)
                 self._after_engine(now)
             elif isinstance(action, actions.Send):
-                self._outbox.add(action.peer, action.message, self._wal.position)
+                self._send_after(action.peer, action.message)
             elif isinstance(action, actions.AdoptTerm):
                 self._engine.adopt_term(action.term)
                 self._after_engine(now)
@@ -513,6 +497,18 @@ class RaftNode:
             self._replicas.took_no_more(peer, first_unsent)
         self._transport.flush()
 
+    def _send_after(self, peer: str, message: Message) -> None:
+        """Send once all that the message promises is on disk."""
+        wal = self._wal
+        if isinstance(message, (ReadAck, PreVoteReply, TermNotice)):
+            self._outbox.add(peer, message, wal.term_position)  # they promise nothing about the log
+            return
+        if self._sync.running and isinstance(message, AppendReply) and message.success:
+            # The disk is slow. What it holds already can be said at once, and is a sign of life.
+            durable = AppendReply(message.term, min(message.next_index - 1, wal.durable_index) + 1, True)
+            self._outbox.add(peer, durable, wal.term_position)
+        self._outbox.add(peer, message, wal.position)
+
     def _send_now(self, peer: str, message: Message) -> None:
         """Send what promises nothing about the log."""
         self._outbox.add(peer, message, 0)
@@ -561,6 +557,7 @@ class RaftNode:
             if applied < limit and self._env.clock.monotonic() > until:
                 self._wake()
                 break
+        self._guard.applied_last = (machine.applied_term, applied)
         self._reads.applied(applied)
         self.on_applied()
 
@@ -573,10 +570,13 @@ class RaftNode:
         """Find the configuration in force and give it to all who need it."""
         self._members_stale, self._identify_due = False, True
         members = newest_configuration(self._wal.entries, self.machine.members, self.config.members)
-        self._members = self._guard.members = self._reads.members = self._changes.members = members
+        self._members = self._reads.members = self._changes.members = self._roster.members = members
+        self._guard.set_members(members)
         self._sole_voter = members.voters == {self.config.name}
         self._engine.set_members(members.voters, members.learners)
         self._replicas.set_members(members.voters | members.learners)
+        for member in members.members:
+            self._replicas.connect(member.name)  # it may have been connected before it was a member
         self._guard.set_applied_members(self.machine.members, self.node_id)
         self._set_peers()
 
@@ -593,13 +593,8 @@ class RaftNode:
         self._fail(StartupError("this node was removed from the cluster", code="removed_from_cluster"))
 
     def _set_peers(self) -> None:
-        if not self._running or self._failure is not None:
-            return
-        peers = {member.name: member.peer_address for member in self.members}
-        # A node's address is what it last said itself; the configuration's until then.
-        peers |= {name: seen.peer_address for name, seen in self._seen.items() if seen.peer_address}
-        peers.pop(self.config.name, None)
-        self._transport.set_peers(peers)
+        if self._running and self._failure is None:
+            self._transport.set_peers(self._roster.addresses())
 
     # --- snapshots ----------------------------------------------------------------------------------------------------
 
@@ -633,6 +628,11 @@ class RaftNode:
                 self._fail_storage(error)
                 finish(self._failure)
                 return
+            except Exception as error:
+                # The state may be closed by now: nothing can be applied or read here until a restart.
+                self._fail(InternalError(f"the snapshot from {peer} cannot be opened: {error!r}", code="state_damaged"))
+                finish(self._failure)
+                return
             self._reads.fail_all()
             self._outbox.drop()
             self._build_engine()
@@ -643,8 +643,6 @@ class RaftNode:
         self._acknowledge_snapshot(peer, checkpoint)
 
     def _remove_in_thread(self, remove: Callable[[], None]) -> None:
-        """Freeing the space of large files takes the file system a while."""
-
         def removed(_result: None, error: BaseException | None) -> None:
             if error is not None:
                 self._log.warning("old files stay until the next start", error=str(error))
@@ -664,7 +662,9 @@ class RaftNode:
         leads = self._engine.is_leader
         parts = (self._changes, self._reads, self._replicas, self._outbox) if leads else (self._reads,)
         dues = [self._engine.next_heartbeat if leads else self._elections.deadline, *(part.due for part in parts)]
-        self._alarm.set(min(moment for moment in dues if moment is not None))
+        if self._waits_for_disk():
+            del dues[0]  # the sync that ends wakes it
+        self._alarm.set(min((moment for moment in dues if moment is not None), default=math.inf))
 
     # --- endings ------------------------------------------------------------------------------------------------------
 

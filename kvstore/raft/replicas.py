@@ -19,6 +19,9 @@ from kvstore.raft.messages import Message, ReadProbe
 from kvstore.raft.snapshot import Snapshots
 from kvstore.raft.transport import Transport
 
+# A peer that cannot take a snapshot (its disk is full) cannot take the next one either; each costs a flush here.
+RETRY_S = 5.0
+
 
 class EngineView(Protocol):
     @property
@@ -57,10 +60,11 @@ class Replicas:
         self._wanted: set[str] = set()  # need a snapshot that is not begun yet
         self._receiving: set[str] = set()
         self._alive_due = 0.0
+        self._retry_at: dict[str, float] = {}  # after a snapshot that failed; bounded by the members
 
     def connect(self, peer: str) -> None:
         """Tell the engine how things stand with a peer."""
-        free = peer not in self._full and peer not in self._receiving
+        free = peer not in self._full and peer not in self._receiving and peer not in self._wanted
         self._engine.set_connected(peer, free and self._transport.connected(peer))
 
     def up(self, peer: str) -> None:
@@ -100,33 +104,39 @@ class Replicas:
     @property
     def due(self) -> float | None:
         """When `step` should be called next though nothing else happens; None: no need."""
-        return self._alive_due if self._receiving else None
+        return self._alive_due if self._receiving or self._wanted else None
 
     def step(self, now: float) -> None:
         """Once a turn of a leader."""
-        wanted, self._wanted = self._wanted - self._receiving, set()
+        self._wanted -= self._receiving
+        wanted = {peer for peer in self._wanted if now >= self._retry_at.get(peer, now)}
+        self._wanted -= wanted
         for peer in sorted(wanted):
             self._log.info("peer needs a snapshot", peer=peer)
             self._receiving.add(peer)
             self._snapshots.send(peer, partial(self._sent, peer))
-        if self._receiving and now >= self._alive_due:
+        if (self._receiving or self._wanted) and now >= self._alive_due:
             self._alive_due = now + self._heartbeat_s
-            for peer in sorted(self._receiving):
+            for peer in sorted(self._receiving | self._wanted):
                 self._send(peer, ReadProbe(self._engine.term, 0))
 
     def _sent(self, peer: str, error: KvError | None, sent: Checkpoint | None) -> None:
         self._receiving.discard(peer)
         if sent is not None:
+            self._retry_at.pop(peer, None)
             self._engine.set_next_index(peer, sent.index + 1)
             self._log.info("snapshot sent", peer=peer, index=sent.index)
         else:
             self._log.warning("snapshot not sent", peer=peer, error=str(error))
+            self._retry_at[peer] = self._env.clock.monotonic() + RETRY_S
         self.connect(peer)
         self._wake()
 
     def set_members(self, names: Collection[str]) -> None:
         """Who is no member any more gets no snapshot."""
         self._wanted.intersection_update(names)
+        for peer in self._retry_at.keys() - set(names):
+            del self._retry_at[peer]
         for peer in self._receiving - set(names):
             self._snapshots.cancel(peer)
 

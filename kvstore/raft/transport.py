@@ -49,6 +49,9 @@ class TransportHandler(Protocol):
         `node_identity_changed`. Asked for the node that we reached as well as for one that reached us, and may itself
         call `set_peers`. Also asked within `set_peers`."""
 
+    def judge(self, identity: Identity) -> tuple[str, str] | None:
+        """`accept` for a connection that is open already: the configuration may have changed. Has no effects."""
+
     def peer_up(self, name: str) -> None:
         """`send` to this peer works from now on."""
 
@@ -185,11 +188,11 @@ class Transport:
                 self._links[name] = _Link(name, address)
                 self._dial(self._links[name])
         for connection in list(self._connections):
-            if connection.is_open and connection.peer not in peers:
+            if connection.is_open:
                 assert connection.them is not None
-                refusal = self._handler.accept(connection.them)
+                refusal = self._handler.judge(connection.them)
                 if refusal is not None:
-                    connection.close(error_for(*refusal), tell=True)
+                    connection.abort(error_for(*refusal))
 
     def connected(self, peer: str) -> bool:
         """True while `send` to this peer works (but for a full queue)."""

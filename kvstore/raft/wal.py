@@ -106,6 +106,7 @@ class Wal:
         self._positions: list[int] = []  # of each entry's record
         self.size_bytes = 0
         self.position = 0
+        self.term_position = 0  # behind the last record of a term or a vote
         self.synced_position = 0
         self.durable_index = 0
         self.failed: OSError | None = None
@@ -169,6 +170,7 @@ class Wal:
             return
         self.term, self.voted_for = term, voted_for
         self._write(RecordKind.TERM, int(voted_for is not None), term, (voted_for or "").encode())
+        self.term_position = self.position
 
     def reset(self, index: int, term: int) -> None:
         """The log becomes the single entry (b"\\x01", index, term); what precedes it is in the snapshot."""

@@ -23,6 +23,7 @@ def build_node(
             name=options.name,
             cluster_id=options.cluster_id,
             listen_address=options.peer_listen,
+            peer_address=options.peer_advertise,
             client_address=options.client_advertise or options.client_listen,
             members=options.members,
             heartbeat_ms=options.heartbeat_ms,

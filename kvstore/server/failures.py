@@ -20,6 +20,10 @@ def not_leading(raft: Proposer) -> Unavailable:
     return Unavailable("no leader is known; an election may be under way", code="no_leader")
 
 
+def starting() -> Unavailable:
+    return Unavailable("this node is starting; try again")
+
+
 def shutting_down() -> Unavailable:
     return Unavailable("this node is shutting down; use another", code="shutting_down")
 

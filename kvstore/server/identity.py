@@ -1,7 +1,8 @@
 """Who a node is: the cluster id, and what its data directory says it belongs to.
 
 The data directory holds, of the server: `LOCK` (held while a process uses the directory) and `META` (format, node
-name, cluster id), written once. `wal/` and `state/` beside them are consensus's own.
+name, cluster id), written once, at the end of the first start that succeeds. `wal/` and `state/` beside them are
+consensus's own; but where there is `META`, the log must be there too: this node may have acknowledged what it held.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from kvstore.errors import StartupError
 DATA_FORMAT = 1
 # Names go into file names, engine ids and log lines.
 NAME_BYTES_MAX = 64
+# What consensus's log segments end in, after a number.
+_SEGMENT_SUFFIX = ".wal"
 
 
 def cluster_id(names: Iterable[str], token: str) -> str:
@@ -75,7 +78,9 @@ class DataDirectory:
         self._files = files
         self._meta_path = f"{path}/META"
         try:
-            files.make_dirs(path)
+            if not files.is_dir(path):
+                files.make_dirs(path)
+                files.sync_dir(path.rstrip("/").rpartition("/")[0] or ".")  # else power loss may take all of it
             release = files.lock(f"{path}/LOCK")
         except OSError as error:
             raise StartupError(f"cannot use the data directory {path}: {error}") from error
@@ -115,18 +120,39 @@ class DataDirectory:
             )
         return meta.cluster_id
 
-    def claim(self, name: str, cluster_id: str) -> None:
-        """Record whose directory this is, or hold it against what is recorded. Raises `StartupError`, as
-        `belongs_to`; `data_dir_mismatch` also for another cluster."""
+    def check(self, name: str, cluster_id: str) -> None:
+        """To be called before anything in the directory is opened. Raises `StartupError`, as `belongs_to`;
+        `data_dir_mismatch` also for another cluster; `wal_damaged` where a log was, and is no more."""
         recorded = self.belongs_to(name)
         if not recorded:
-            self._files.replace(self._meta_path, msgspec.json.encode(_Meta(DATA_FORMAT, name, cluster_id)))
-        elif recorded != cluster_id:
+            # New, or left by a first start that came to nothing. What that one left stays: its log may hold a vote
+            # that others have counted.
+            return
+        if recorded != cluster_id:
             raise StartupError(
                 f"{self.path} belongs to cluster {recorded}, not {cluster_id}: the initial member names or the "
                 "cluster token differ from those it was made with",
                 code="data_dir_mismatch",
             )
+        names = self._files.list_dir(f"{self.path}/wal")
+        if not any(name.endswith(_SEGMENT_SUFFIX) and name[: -len(_SEGMENT_SUFFIX)].isdecimal() for name in names):
+            raise StartupError(
+                f"the log is missing: there is no segment in {self.path}/wal, and what this node acknowledged was in "
+                "it. Put it back where it was moved, or restore the whole directory from a backup; else remove this "
+                "node from its cluster with `kvstore leave` and join it anew with an empty directory",
+                code="wal_damaged",
+            )
+
+    def claim(self, name: str, cluster_id: str) -> None:
+        """Record whose directory this is, where that is not recorded yet: once the log is there, and before anything
+        is acknowledged to a client. Raises `StartupError`, as `check`."""
+        self.check(name, cluster_id)
+        if self._files.exists(self._meta_path):
+            return
+        try:
+            self._files.replace(self._meta_path, msgspec.json.encode(_Meta(DATA_FORMAT, name, cluster_id)))
+        except OSError as error:
+            raise StartupError(f"cannot write {self._meta_path}: {error}") from error
 
     def close(self) -> None:
         if self._release is not None:

@@ -2,7 +2,8 @@
 
 Rules
 - The first frame is `Hello`; a client of another protocol version or cluster is told so and closed.
-- Junk closes its connection, with a `Failure` of id 0 that says why, and is counted by its code. Nobody else notices.
+- Junk closes its connection, with a `Failure` of id 0 that says why, and is counted by its code. Nobody else notices,
+  and the log gets a line for it now and then.
 - One write to the socket per connection and turn, whatever many answers there are.
 - Every buffer is bounded. A connection with `IN_FLIGHT_MAX` requests or `IN_FLIGHT_BYTES_MAX` of them unanswered is
   not read; neither is one whose answers pile up, nor any while the node is under pressure. One that leaves
@@ -25,6 +26,7 @@ from msgspec import Struct
 from kvstore import codec
 from kvstore.env import Environment, Listener, Timer
 from kvstore.errors import Refused, Unavailable
+from kvstore.seldom import SeldomLog
 from kvstore.server.failures import shutting_down
 from kvstore.server.ports import Gate, Log, Reply
 
@@ -67,7 +69,7 @@ class NativeDoor:
         self.handle = handler.handle
         self.call_soon = env.scheduler.call_soon
         self._env = env
-        self._log = log
+        self._seldom = SeldomLog(log, env.clock)
         self._listener: Listener | None = None
         self._connections: dict[_Connection, None] = {}  # a set would forget the order
         self._sweep_timer: Timer | None = None
@@ -137,11 +139,11 @@ class NativeDoor:
 
     def closed_for_junk(self, peer: str, error: Refused) -> None:
         self.junk[error.code] += 1
-        self._log.warning("connection_refused", peer=peer, code=error.code, message=error.message)
+        self._seldom.warning("connection_refused", error.code, peer=peer, message=error.message)
 
     def closed_for_slowness(self, peer: str, why: str) -> None:
         self.closed_slow += 1
-        self._log.warning("slow_connection_closed", peer=peer, why=why)
+        self._seldom.warning("slow_connection_closed", "slow", peer=peer, why=why)
 
     def opened(self, connection: _Connection) -> Unavailable | None:
         """Why there is no room for one more, if there is none. It is kept until it is closed in any case."""

@@ -10,8 +10,10 @@ doors that translate into it) and gives exactly one answer through `reply`, at o
 What is wrong with a request itself (its form, its limits) is its result, an `ErrorResult`; that it was not taken, or
 that its outcome is unknown, is a `Failure`.
 
-Start: lock the directory, open consensus (which opens log and state), then the doors. Stop: doors stop reading, a
-leader hands over, what is under way is answered, doors close, consensus stops; each step bounded.
+Start: lock the directory, open consensus (which opens log and state), then the doors; then, and not before, claim the
+directory for this node and cluster, and answer. So a first start that fails leaves nothing that a corrected one would
+trip over. Stop: doors stop reading, a leader hands over, what is under way is answered, doors close, consensus stops;
+each step bounded.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from kvstore.env import Environment
 from kvstore.errors import KvError, Refused, StartupError
 from kvstore.server.batcher import Batcher
 from kvstore.server.chores import Chores
-from kvstore.server.failures import not_leading, refusal, shutting_down
+from kvstore.server.failures import not_leading, refusal, shutting_down, starting
 from kvstore.server.identity import DataDirectory, check_loopback, check_name
 from kvstore.server.log_clock import LogClock
 from kvstore.server.native import NativeDoor
@@ -79,6 +81,7 @@ class ServerNode:
         self._log = log
         self._open_raft = open_raft
         self._running = False
+        self._stopped = False
         self._directory: DataDirectory
         self._raft: Raft
         self._log_clock: LogClock
@@ -98,7 +101,7 @@ class ServerNode:
         self._directory = DataDirectory(self._env.files, options.data_dir)
         try:
             options = self.options = self._with_cluster_id(options)
-            self._directory.claim(options.name, options.cluster_id)
+            self._directory.check(options.name, options.cluster_id)
             self._raft = self._open_raft(options, self._env, options.data_dir, self._log)
             try:
                 await self._raft.start()
@@ -106,15 +109,19 @@ class ServerNode:
                 raise StartupError(f"cannot open the data in {options.data_dir}: {error}") from error
             try:
                 self._assemble()
-                self._running = True
                 await self._open_door()
+                self._directory.claim(options.name, options.cluster_id)
             except BaseException:
-                self._running = False
+                if self.door is not None:
+                    self.door.stop_accepting()
+                    self.door.close(lambda: None)
+                    self.door = None
                 await self._raft.stop()
                 raise
         except BaseException:
             self._directory.close()
             raise
+        self._running = True
         self._chores.start()
 
     async def stop(self) -> None:
@@ -122,6 +129,7 @@ class ServerNode:
         if not self._running:
             return
         self._running = False
+        self._stopped = True
         self._chores.stop()
         if self.door is not None:
             self.door.stop_accepting()
@@ -150,7 +158,8 @@ class ServerNode:
         """Answer `frame` through `reply`, exactly once. Never raises for anything that an asker may have done."""
         kind = type(frame)
         if not self._running:
-            reply(self._failure(frame.id, shutting_down()))
+            # A door is open a moment before the directory is claimed; see `start`.
+            reply(self._failure(frame.id, shutting_down() if self._stopped else starting()))
         elif kind is codec.Write:
             self._write(cast(codec.Write, frame), reply)
         elif kind is codec.Read:

@@ -55,6 +55,8 @@ async def test_put_get_del_and_range(kv: Run) -> None:
     code, out, _ = await kv("get", "a/1", "--revision", "1", "--level", "local")
     assert code == 0
     assert "one" in out
+    assert (await kv("put", "a/1", "-5"))[:2] == (0, "revision 4\n")
+    assert (await kv("get", "a/1", "--value-only"))[:2] == (0, "-5")
 
 
 async def test_txn(kv: Run) -> None:
@@ -94,5 +96,6 @@ async def test_status_members_and_limits(kv: Run, cluster: ClusterProcesses) -> 
     assert (code, "[key_too_large]" in err) == (1, True)
     code, _, err = await kv("leave", "n1")
     assert (code, "[would_lose_quorum]" in err) == (1, True)
+    assert (await kv("member", "transfer", "n1"))[:2] == (0, "n1 leads already\n")
     code, _, err = await kv("leave", "n7")
     assert (code, "[member_unknown]" in err) == (1, True)

@@ -209,6 +209,39 @@ async def test_what_keeps_a_node_from_starting(tmp_path: Path) -> None:
         assert record is not None
 
 
+async def test_after_a_first_start_that_failed_a_corrected_one_succeeds(tmp_path: Path) -> None:
+    cluster = ClusterProcesses(tmp_path, nodes=1)
+    node = cluster.nodes["n1"]
+    arguments = [*cluster.serve_arguments("n1"), "--cluster-token", "a mistyped token"]
+    for address in (node.peer_address, node.client_address):
+        with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))):
+            said = await refusal(*arguments)
+        assert "address_in_use" in said
+        assert address in said
+        assert not (node.data_dir / "META").exists()
+    async with cluster, cluster.client() as client:
+        await client.put(b"k", b"v")
+        assert (node.data_dir / "META").exists()
+        status = await client.status()
+        assert status.cluster_id == cluster.cluster_id
+
+
+async def test_a_node_whose_log_is_gone_refuses_to_start(tmp_path: Path) -> None:
+    async with ClusterProcesses(tmp_path, nodes=1) as cluster, cluster.client() as client:
+        await client.put(b"k", b"v")
+        cluster.kill("n1")
+        wal = cluster.nodes["n1"].data_dir / "wal"
+        wal.rename(tmp_path / "elsewhere")
+        said = await refusal(*cluster.serve_arguments("n1"))
+        assert "wal_damaged" in said
+        assert str(wal) in said
+        (tmp_path / "elsewhere").rename(wal)
+        cluster.start("n1")
+        await cluster.leader()
+        record = await client.get(b"k")
+        assert record is not None
+
+
 async def test_a_log_damaged_in_the_middle_refuses_to_start_and_says_where(tmp_path: Path) -> None:
     async with ClusterProcesses(tmp_path, nodes=1) as cluster, cluster.client() as client:
         for number in range(20):
@@ -296,6 +329,44 @@ async def test_dev_runs_a_cluster_restarts_what_dies_and_stops_all_of_it(tmp_pat
         await process.wait()
         await reading
         print("".join(output), file=sys.stderr)
+
+
+async def test_a_second_dev_leaves_the_first_one_s_directory_and_ports_alone(tmp_path: Path) -> None:
+    base = str(_free_base(1))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "kvstore.cli.main", "dev", "--nodes", "1", "--data-dir", str(tmp_path / "data"),
+        "--base-port", base, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        cluster_json = tmp_path / "data" / "cluster.json"
+        await until(lambda: _exists(cluster_json), 10, "the node to be started")
+        before = cluster_json.read_bytes()
+        async with kvstore.connect(json.loads(before)["endpoints"], timeout_s=20) as client:
+            await client.put(b"k", b"v")
+        # The same directory, on other ports.
+        elsewhere = str(_free_base(1))
+        code, out, err = await run_command(
+            "dev", "--nodes", "1", "--data-dir", str(tmp_path / "data"), "--base-port", elsewhere
+        )
+        assert (code, out) == (5, "")
+        assert "data_dir_in_use" in err
+        assert cluster_json.read_bytes() == before
+        # The same ports, in another directory: the cluster that answers there is not announced as this one.
+        code, out, err = await run_command(
+            "dev", "--nodes", "1", "--data-dir", str(tmp_path / "other"), "--base-port", base
+        )
+        assert code == 5, err
+        assert "address_in_use" in out
+        assert "leads" not in out
+        assert "KVSTORE_ENDPOINTS" not in out
+        assert cluster_json.read_bytes() == before
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 15) == 0
+        assert not cluster_json.exists()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
 
 async def test_nodes_of_a_killed_supervisor_end_with_it(tmp_path: Path) -> None:

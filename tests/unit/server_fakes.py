@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from kvstore import codec, model
@@ -110,9 +111,16 @@ class FakeRaft:
         self.failure: KvError | None = None
         self.node_id = "a"
         self.running = False
+        self.started = False
+        self.data_dir = ""
 
     async def start(self) -> None:
-        self.running = True
+        """Where it has a place, it makes a log there if there is none."""
+        self.running = self.started = True
+        if self.data_dir:
+            wal = Path(self.data_dir) / "wal"
+            wal.mkdir(exist_ok=True)
+            (wal / f"{0:020d}.wal").touch()
 
     async def stop(self) -> None:
         self.running = False

@@ -106,6 +106,8 @@ class Node:
     def accept(self, identity: Identity) -> tuple[str, str] | None:
         return None
 
+    judge = accept
+
     def peer_up(self, name: str) -> None:
         pass
 

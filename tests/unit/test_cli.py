@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import click
+import msgspec
 import pytest
 
 from kvstore import model
-from kvstore.cli import main, txn_text
+from kvstore.cli import cluster, main, txn_text
+from kvstore.cli.data import put
 from kvstore.cli.main import exit_code, run
 from kvstore.cli.nodes import parse_peers
-from kvstore.cli.text import record_json, to_bytes, to_text
+from kvstore.cli.text import print_table, record_json, to_bytes, to_text
 from kvstore.errors import CODES, InternalError, KvError, OutcomeUnknown, Refused, StartupError, Unavailable, error_for
 
 
@@ -172,6 +176,51 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
 
     explain(main.cli, ())
     assert "Exit codes" in capsys.readouterr().out
+
+
+def test_a_negative_number_is_an_argument_and_a_mistyped_option_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    def arguments(*args: str) -> tuple[object, object]:
+        context = put.make_context("put", list(args))
+        return context.params["key"], context.params["value"]
+
+    assert arguments("k", "-5") == ("k", "-5")
+    assert arguments("-.5", "-1e-3", "-o", "json", "--timeout=3") == ("-.5", "-1e-3")
+    assert arguments("k", "-") == ("k", "-")
+    assert arguments("--", "-hello", "--there") == ("-hello", "--there")
+    for wrong in (["k", "-x"], ["k", "--value"], ["--ouput", "-5"], ["-x", "-5"], ["-5", "--encodng=hex"]):
+        assert run(["put", *wrong]) == 2, wrong
+        assert "No such option" in capsys.readouterr().err
+    for command in ("get", "del", "range"):
+        assert run([command, "-5", "--endpoints", "127.0.0.1:1", "--timeout", "0.1"]) == 3
+    assert "No such option" not in capsys.readouterr().err
+
+
+def test_the_version_is_told_where_none_is_installed_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", lambda _name: "1.2.3")
+    assert run(["--version"]) == 0
+    monkeypatch.setattr(metadata, "version", missing)
+    assert run(["--version"]) == 0
+    assert capsys.readouterr() == ("kvstore 1.2.3\nkvstore (run from its source, not installed)\n", "")
+
+
+def test_a_long_note_is_wrapped_and_a_digest_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    trouble = "the log's disk failed (" + "no space left on device, " * 12 + "28); free some, then restart this node"
+    digest = "0123456789abcdef" * 2
+    status = model.NodeStatus("n1", "c", "failed", "", "", 1, 2, 3, 4, 5, 6, (), (), trouble)
+    answers = (status, msgspec.structs.replace(status, storage_error="", digest=digest))
+    node = model.Member("n1", "127.0.0.1:7411", "127.0.0.1:7421", "a", True)
+    rows = [cluster._status_row(node, answer) for answer in answers]
+    print_table(cluster.STATUS_COLUMNS, rows, widths=cluster.STATUS_WIDTHS)
+    out = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in out.splitlines()) <= 130
+    assert digest in out
+    for word in trouble.split():
+        assert word in out
 
 
 def test_an_unreachable_cluster_is_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,8 +103,8 @@ async def test_a_write_that_was_never_taken_is_unavailable(kv: Client, cluster: 
     node.always = fail("overloaded")
     with pytest.raises(Unavailable) as caught:
         await kv.put(b"a", b"1", timeout=0.2)
-    assert caught.value.code == "timeout"
-    assert "overloaded" in caught.value.message
+    assert caught.value.code == "overloaded", "the last definite no, rather than that time was up"
+    assert "told to say overloaded" in caught.value.message
     node.always = None
     await kv.get(b"a")
     assert b"a" not in cluster.fake.records
@@ -114,6 +114,14 @@ async def test_a_read_at_its_deadline_is_unavailable(kv: Client, node: FakeNode)
     node.always = swallow
     with pytest.raises(Unavailable) as caught:
         await kv.get(b"a", timeout=0.1)
+    assert caught.value.code == "timeout"
+
+
+async def test_what_is_unanswered_at_the_deadline_is_a_timeout_whatever_came_before(kv: Client, node: FakeNode) -> None:
+    node.script.append(fail("overloaded"))
+    node.always = swallow
+    with pytest.raises(Unavailable) as caught:
+        await kv.get(b"a", timeout=0.3)
     assert caught.value.code == "timeout"
 
 

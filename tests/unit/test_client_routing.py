@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
 import kvstore
@@ -96,6 +97,44 @@ async def test_without_a_leader_writes_wait_and_bother_nobody(cluster: FakeClust
         assert len(cluster.nodes[2].writes) == 50
 
 
+@pytest.mark.parametrize("wrote_before", [False, True])
+async def test_without_a_leader_the_error_says_who_knows_none(cluster: FakeCluster, wrote_before: bool) -> None:
+    """Nothing can be sent, so no answer tells: what the nodes say of themselves does."""
+    async with kvstore.connect(cluster.endpoints) as kv:
+        if wrote_before:
+            await kv.put(b"a", b"1")
+        cluster.elect(None)
+        await cluster.nodes[0].stop()
+        if wrote_before:
+            # What is sent before the loss is noticed is in doubt.
+            await until(lambda: not kv._dispatcher.leader_ready)
+        for _ in range(2):
+            with pytest.raises(Unavailable) as caught:
+                await kv.put(b"a", b"2", timeout=0.3)
+            assert caught.value.code == "no_leader"
+            for node in cluster.nodes[1:]:
+                assert f"{node.address}: {node.name} knows no leader" in caught.value.message
+            assert "cannot connect" in caught.value.message
+
+
+async def test_a_failed_disk_is_what_the_error_is_about(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several nodes without a leader, the one that somebody can mend gives the code and comes first."""
+    cluster.elect(None)
+    failed = cluster.nodes[1]
+    status = msgspec.structs.replace(failed.status(), role="failed", storage_error="the disk is full")
+    monkeypatch.setattr(failed, "status", lambda: status)
+    async with kvstore.connect(cluster.endpoints) as kv:
+        with pytest.raises(Unavailable) as caught:
+            await kv.put(b"a", b"2", timeout=0.3)
+        assert caught.value.code == "storage_failed"
+        text = caught.value.message
+        assert 0 < text.index(f"{failed.address}: the disk is full") < text.index("knows no leader")
+        with pytest.raises(Unavailable) as caught:
+            await kv.transfer_leader("n2", timeout=0.2)
+        assert caught.value.code == "storage_failed"
+        await kv.get(b"a", level="local")
+
+
 async def test_a_hint_is_followed_at_once(cluster: FakeCluster) -> None:
     second = cluster.nodes[1]
     async with kvstore.connect(cluster.endpoints) as kv:
@@ -114,7 +153,7 @@ async def test_nodes_that_send_each_other_the_client_cost_few_attempts(cluster: 
     async with kvstore.connect(cluster.endpoints) as kv:
         with pytest.raises(Unavailable) as caught:
             await kv.put(b"a", b"1", timeout=1.0)
-        assert caught.value.code == "timeout"
+        assert caught.value.code == "not_leader"
         assert sum(len(node.writes) for node in cluster.nodes) < 40
         cluster.elect(third)
         await kv.put(b"a", b"1")

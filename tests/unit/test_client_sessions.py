@@ -11,9 +11,10 @@ from msgspec import Raw
 
 import kvstore
 from kvstore import Client, OutcomeUnknown, Refused, Unavailable, codec
+from kvstore.client import call as client_call
 from kvstore.client import session as client_session
 from kvstore.client.session import WINDOW, Session
-from kvstore.codec import Answer, ClientFrame, Read, Write
+from kvstore.codec import Answer, ClientFrame, Failure, Read, Write
 from kvstore.model import CloseSession, ErrorResult, KeepSession, OpenSession
 from tests.fake_server import (
     FakeCluster,
@@ -49,6 +50,13 @@ def affairs(node: FakeNode) -> list[object]:
     kinds = (OpenSession, KeepSession, CloseSession)
     mutations = [codec.decode_mutation(frame.request) for frame in node.frames if isinstance(frame, Write)]
     return [type(mutation) for mutation in mutations if isinstance(mutation, kinds)]
+
+
+class _Patient(random.Random):
+    """Makes every backoff as long as it may be."""
+
+    def random(self) -> float:
+        return 1.0
 
 
 def expire_sessions(cluster: FakeCluster) -> None:
@@ -91,6 +99,53 @@ async def test_a_lost_opening_is_repeated(kv: Client, cluster: FakeCluster, node
     node.received = lose_openings  # type: ignore[method-assign]
     await kv.put(b"a", b"")
     assert lost == 2
+
+
+@pytest.mark.parametrize("told", ["overloaded", "storage_failed", ""])
+async def test_a_first_write_ends_with_the_reason_that_its_session_could_not_open(
+    kv: Client, node: FakeNode, told: str
+) -> None:
+    """It waited in line and was never sent: what was said to the opening is all there is to say."""
+    received = node.received
+
+    def refuse_openings(connection: object, frame: ClientFrame) -> None:
+        if not isinstance(frame, Write):
+            received(connection, frame)  # type: ignore[arg-type]
+        elif told:
+            connection.reply(Failure(frame.id, told, "told to say no"))  # type: ignore[attr-defined]
+
+    node.received = refuse_openings  # type: ignore[method-assign]
+    early = asyncio.ensure_future(kv.put(b"a", b"", timeout=0.2))
+    late = asyncio.ensure_future(kv.put(b"b", b"", timeout=30))
+    with pytest.raises(Unavailable) as caught:
+        await early
+    assert caught.value.code == (told or "timeout")
+    assert "opening a session" in caught.value.message
+    assert node.address in caught.value.message
+    assert ("told to say no" if told else "has not answered") in caught.value.message
+    node.received = received  # type: ignore[method-assign]
+    if not told:
+        next(iter(node.connections)).close()
+    await late
+
+
+async def test_those_in_line_outlive_an_opening_whose_time_is_up(cluster: FakeCluster, node: FakeNode) -> None:
+    """An opening ends at the client's own timeout with the code of its last no; calls with later deadlines go on."""
+    received = node.received
+
+    def refuse_openings(connection: object, frame: ClientFrame) -> None:
+        if isinstance(frame, Write):
+            connection.reply(Failure(frame.id, "overloaded", "told to say no"))  # type: ignore[attr-defined]
+        else:
+            received(connection, frame)  # type: ignore[arg-type]
+
+    node.received = refuse_openings  # type: ignore[method-assign]
+    async with kvstore.connect(cluster.endpoints, timeout_s=0.1) as kv:
+        put = asyncio.ensure_future(kv.put(b"a", b"", timeout=30))
+        with pytest.raises(Unavailable):
+            await kv.put(b"b", b"", timeout=0.4)
+        node.received = received  # type: ignore[method-assign]
+        await put
 
 
 async def test_too_many_sessions(kv: Client, node: FakeNode) -> None:
@@ -315,8 +370,13 @@ async def test_what_was_in_doubt_at_expiry_is_not_repeated(kv: Client, cluster: 
     assert (await kv.add(b"n", 1)).value == 2
 
 
-async def test_each_call_at_expiry_is_judged_for_itself(kv: Client, cluster: FakeCluster, node: FakeNode) -> None:
+async def test_each_call_at_expiry_is_judged_for_itself(
+    kv: Client, cluster: FakeCluster, node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await kv.put(b"first", b"")
+    # A refused call that was sent again before the end of the connection is noticed would be in doubt as well.
+    monkeypatch.setattr(client_call, "BACKOFF_MIN_S", client_call.BACKOFF_MAX_S)
+    monkeypatch.setattr(kv._dispatcher, "_chance", _Patient())
 
     # Three get lost without effect, then the connection ends: all of those are in doubt. Two are refused for sure.
     def close_and_expire(node: FakeNode, connection: object, frame: Write | Read) -> None:

@@ -160,11 +160,17 @@ def test_at_the_deadline_the_other_voters_are_asked_and_no_term_is_raised() -> N
     assert pure.elections.deadline >= deadline + ELECTION_MIN_S
 
 
-def test_a_learner_does_not_campaign_and_is_not_asked_again_at_once() -> None:
+def test_a_learner_does_not_campaign_but_asks_whether_it_was_removed() -> None:
+    """It may have been, while it was away."""
     pure = Pure()
     pure.guard.members = configuration("acd", "b")
-    assert pure.guard.tick(LATER) == []
+    sent = pure.guard.tick(LATER)
+    assert [(action.peer, type(action.message)) for action in sent if isinstance(action, Send)] == [
+        (peer, PreVote) for peer in "acd"
+    ]
     assert pure.elections.deadline > LATER
+    for peer in "acd":
+        assert pure.guard.receive(peer, PreVoteReply(5, 6, True), LATER) == []
 
 
 def test_a_node_that_waits_to_be_added_asks_nobody() -> None:
@@ -280,8 +286,17 @@ def test_a_pre_vote_for_a_term_that_is_past_is_refused_with_the_present_one() ->
 def test_a_removed_nodes_pre_vote_is_answered_removed() -> None:
     pure = Pure()
     pure.guard.members = pure.guard.applied_members = configuration("ab")
+    pure.guard.applied_last = (1, 5)
     assert reply_to(pure, PreVote(5, 6, 4, 1)) == PreVoteReply(5, 6, False, removed=True)
     assert reply_to(pure, PreVote(5, 6, 5, 1)) == PreVoteReply(5, 6, False, removed=True)
+
+
+def test_what_was_not_applied_yet_proves_no_removal() -> None:
+    """This node's log may end in a removal that is never committed."""
+    pure = Pure()
+    pure.guard.members = pure.guard.applied_members = configuration("ab")
+    pure.guard.applied_last = (1, 4)
+    assert not reply_to(pure, PreVote(5, 6, 5, 1)).removed
 
 
 def test_a_removal_that_is_not_committed_may_come_to_nothing() -> None:

@@ -9,6 +9,7 @@ import pytest
 from msgspec import Raw
 
 from kvstore import codec, model
+from kvstore.seldom import LOG_EVERY_S
 from kvstore.server import native
 from kvstore.server.native import NativeDoor
 from kvstore.server.ports import Gate, Reply
@@ -171,6 +172,19 @@ def test_what_came_before_the_junk_is_still_handled_and_nothing_after_it() -> No
     setup.node.answer()  # nobody is there any more; nothing happens
     setup.world.advance(0.1)
     assert caller.lost
+
+
+def test_thousands_of_junk_connections_are_counted_and_logged_once_in_a_while() -> None:
+    setup = Setup()
+    for _ in range(300):
+        setup.connect(greet=False).transport.write(b"\x7f\xff\xff\xff")
+        setup.world.advance(0.01)
+    assert setup.junk() == {"frame_too_large": 300}
+    lines = [fields for _, event, fields in setup.log.events if event == "connection_refused"]
+    assert len(lines) <= 1 + 300 * 0.11 / LOG_EVERY_S
+    last = lines[-1]["suppressed"]
+    assert last > 50, "a line says how many it stands for"
+    assert lines[0]["code"] == "frame_too_large"
 
 
 def test_who_never_says_hello_is_closed() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -16,7 +18,9 @@ from kvstore.env import Environment, SystemFiles, system_environment
 from kvstore.errors import KvError, Refused, StartupError, Unavailable
 from kvstore.server import reads as reads_module
 from kvstore.server.identity import DataDirectory, check_loopback, check_name, cluster_id
+from kvstore.server.native import NativeDoor
 from kvstore.server.node import ServerNode, ServerOptions
+from kvstore.server.ports import Log, Raft
 from kvstore.server.reads import Reads, Waiting
 from tests.unit.server_fakes import Answers, FakeRaft, RecordingLog, World, virtual_environment
 
@@ -28,12 +32,12 @@ def node_of(path: Path, raft: FakeRaft, log: RecordingLog | None = None, **chang
         name="n1", data_dir=str(path / "n1"), cluster_id=OURS, members=raft.members, client_listen="127.0.0.1:0"
     )
     env = system_environment(asyncio.get_running_loop())
-    return ServerNode(
-        msgspec.structs.replace(options, **changed),
-        env,
-        log or RecordingLog(),
-        lambda *_: raft,  # type: ignore[arg-type]
-    )
+
+    def open_raft(_options: ServerOptions, _env: Environment, data_dir: str, _log: Log) -> Raft:
+        raft.data_dir = data_dir
+        return cast(Raft, raft)
+
+    return ServerNode(msgspec.structs.replace(options, **changed), env, log or RecordingLog(), open_raft)
 
 
 @pytest_asyncio.fixture
@@ -235,6 +239,77 @@ async def test_a_node_refuses_to_start_and_leaves_nothing_open(tmp_path: Path) -
     await again.start()
     assert again.status().cluster_id == OURS
     await again.stop()
+
+
+async def test_a_first_start_that_failed_leaves_a_directory_that_a_corrected_one_accepts(tmp_path: Path) -> None:
+    holder = node_of(tmp_path, FakeRaft(), data_dir=str(tmp_path / "holder"))
+    await holder.start()
+    assert holder.door is not None
+    first = FakeRaft()
+    with pytest.raises(StartupError) as refused:
+        await node_of(tmp_path, first, client_listen=holder.door.address).start()
+    assert refused.value.code == "address_in_use"
+    assert not first.running
+    assert not (tmp_path / "n1" / "META").exists()
+    votes = [(path, path.read_bytes()) for path in (tmp_path / "n1" / "wal").iterdir()]
+    assert votes, "it got as far as to its log"
+    corrected = node_of(tmp_path, FakeRaft(), cluster_id=cluster_id(["n1", "n2"], "the right token"))
+    await corrected.start()
+    assert (tmp_path / "n1" / "META").exists()
+    assert [(path, path.read_bytes()) for path in (tmp_path / "n1" / "wal").iterdir()] == votes
+    await corrected.stop()
+    await holder.stop()
+
+
+async def test_a_directory_that_cannot_be_claimed_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_self: SystemFiles, path: str, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space left", path)
+
+    raft, address = FakeRaft(), ""
+    node = node_of(tmp_path, raft)
+    start = NativeDoor.start
+
+    async def start_and_tell(door: NativeDoor, wanted: str) -> None:
+        nonlocal address
+        await start(door, wanted)
+        address = door.address
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SystemFiles, "replace", full)
+        patched.setattr(NativeDoor, "start", start_and_tell)
+        with pytest.raises(StartupError) as refused:
+            await node.start()
+    assert "META" in refused.value.message
+    assert not raft.running
+    assert node.door is None
+    answer = await ask(node, read(b"k"))
+    assert isinstance(answer, codec.Failure)
+    assert answer.code == "unavailable"
+    again = node_of(tmp_path, FakeRaft(), client_listen=address)  # directory and address are free again
+    await again.start()
+    await again.stop()
+
+
+@pytest.mark.parametrize("left", [(), ("segment.tmp", "notes.wal")])
+async def test_a_claimed_directory_without_its_log_is_refused(tmp_path: Path, left: tuple[str, ...]) -> None:
+    node = node_of(tmp_path, FakeRaft())
+    await node.start()
+    await node.stop()
+    wal = tmp_path / "n1" / "wal"
+    for path in wal.iterdir():
+        path.unlink()
+    for name in left:
+        (wal / name).touch()
+    if not left:
+        wal.rmdir()
+    raft = FakeRaft()
+    with pytest.raises(StartupError) as refused:
+        await node_of(tmp_path, raft).start()
+    assert refused.value.code == "wal_damaged"
+    assert str(wal) in refused.value.message
+    assert not raft.started
 
 
 async def test_insecure_opens_any_address_and_says_so_loudly(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ class Node:
     def accept(self, identity: Identity) -> tuple[str, str] | None:
         return self.refuse.get(identity.name)
 
+    judge = accept
+
     def peer_up(self, name: str) -> None:
         self.events.append(("up", name))
 
