@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import msgspec
+import pytest
 
 from kvstore.env import Environment
 from kvstore.raft import messages
 from kvstore.raft.config import RaftConfig
 from kvstore.raft.fsm import Checkpoint, EntryKind
+from kvstore.raft.guard import Action
 from kvstore.raft.members import Configuration
 from kvstore.raft.messages import Message
 from kvstore.raft.node import RaftNode
@@ -142,11 +144,12 @@ class Cluster:
     def environment(self, name: str) -> Environment:
         return Environment(self.time, self.chance, self.time, self.network.host(name), self.disk(name))
 
-    def start(self, *names: str, members: Configuration | None = None) -> list[RaftNode]:
+    def start(self, *names: str, members: Configuration | None = None, called: str = "") -> list[RaftNode]:
+        """`called`: the member name of a node whose host has another one, as a replacement's has."""
         for name in names:
             files = self.disk(name)
             config = RaftConfig(
-                name=name,
+                name=called or name,
                 cluster_id="cluster",
                 listen_address=f"{name}:1" if self.listens else "",
                 members=(members or self.members).members,
@@ -244,6 +247,32 @@ class Cluster:
         self.time.run_until(
             lambda: all(node.machine.applied_index == leader.machine.applied_index for node in self.nodes.values())
         )
+
+    def make_lag(self, name: str) -> None:
+        """Crash this node, and let the others go on until their logs begin after what it holds."""
+        self.crash(name)
+        self.commit(*range(20))
+        self.time.advance(0.5)
+        for other, node in self.nodes.items():
+            node.machine.flush()
+            self.wal(other).drop_before(node.machine.applied_index, 0)
+
+    def has_logged(self, name: str, event: str) -> bool:
+        return any(line == event for line, _ in self.logs[name].lines)
+
+    def count_turns(self, name: str, monkeypatch: pytest.MonkeyPatch, for_s: float) -> int:
+        """How often a node wakes in this time."""
+        guard, count = self.nodes[name]._guard, 0
+        tick = guard.tick
+
+        def counted(now: float) -> list[Action]:
+            nonlocal count
+            count += 1
+            return tick(now)
+
+        monkeypatch.setattr(guard, "tick", counted)
+        self.time.advance(for_s)
+        return count
 
     def isolate(self, name: str) -> None:
         for other in self.nodes:

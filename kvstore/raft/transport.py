@@ -47,7 +47,7 @@ class TransportHandler(Protocol):
     def accept(self, identity: Identity) -> tuple[str, str] | None:
         """May this node talk with us? None is welcome, else (error code, message): `member_unknown` or
         `node_identity_changed`. Asked for the node that we reached as well as for one that reached us, and may itself
-        call `set_peers`. Also asked within `set_peers`."""
+        call `set_peers`."""
 
     def judge(self, identity: Identity) -> tuple[str, str] | None:
         """`accept` for a connection that is open already: the configuration may have changed. Has no effects."""
@@ -174,7 +174,7 @@ class Transport:
 
     def set_peers(self, peers: Mapping[str, str]) -> None:
         """From now on be connected with these (name -> host:port) and only these. A peer whose address changed is
-        dialled anew. Connections that others hold to us are judged again by `TransportHandler.accept`."""
+        dialled anew. Connections that are open are judged again by `TransportHandler.judge`."""
         assert self._identity.name not in peers, "a node is no peer of itself"
         for name, link in list(self._links.items()):
             if peers.get(name) != link.address:

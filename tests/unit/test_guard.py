@@ -45,6 +45,7 @@ class Pure:
         self.elections = Elections(Draws(), ELECTION_MIN_S, ELECTION_MAX_S, 0.0)
         self.guard = Guard("b", self.engine, self.log, self.elections)
         self.guard.members = self.guard.applied_members = configuration("abc")
+        self.guard.applied_last = (self.log.last_term, self.log.last_index)
         self.guard.was_member = True
 
 

@@ -286,7 +286,6 @@ def test_a_pre_vote_for_a_term_that_is_past_is_refused_with_the_present_one() ->
 def test_a_removed_nodes_pre_vote_is_answered_removed() -> None:
     pure = Pure()
     pure.guard.members = pure.guard.applied_members = configuration("ab")
-    pure.guard.applied_last = (1, 5)
     assert reply_to(pure, PreVote(5, 6, 4, 1)) == PreVoteReply(5, 6, False, removed=True)
     assert reply_to(pure, PreVote(5, 6, 5, 1)) == PreVoteReply(5, 6, False, removed=True)
 

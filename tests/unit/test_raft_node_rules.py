@@ -221,25 +221,11 @@ def test_two_nodes_that_cannot_reach_the_third_go_on_without_it() -> None:
 # --- idle -------------------------------------------------------------------------------------------------------------
 
 
-def turns(cluster: Cluster, name: str, monkeypatch: pytest.MonkeyPatch, for_s: float) -> int:
-    """How often a node wakes in this time."""
-    node, count = cluster.nodes[name], [0]
-    tick = node._guard.tick
-
-    def counted(now: float) -> Any:
-        count[0] += 1
-        return tick(now)
-
-    monkeypatch.setattr(node._guard, "tick", counted)
-    cluster.time.advance(for_s)
-    return count[0]
-
-
 @pytest.mark.parametrize(("voters", "learners"), [("ac", "b"), ("ac", ""), ("abc", "")])
 def test_a_node_without_a_leader_does_not_spin(voters: str, learners: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster()
     cluster.start("b", members=configuration(voters, learners))
-    assert turns(cluster, "b", monkeypatch, 10.0) <= 10.0 / ELECTION_MIN_S + 10
+    assert cluster.count_turns("b", monkeypatch, 10.0) <= 10.0 / ELECTION_MIN_S + 10
 
 
 def test_an_idle_cluster_wakes_for_heartbeats_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +234,7 @@ def test_an_idle_cluster_wakes_for_heartbeats_only(monkeypatch: pytest.MonkeyPat
     cluster.elect()
     cluster.time.advance(2.0)
     # A heartbeat each 100 ms, two acknowledgements of it, and the timer that finds it a moment too early.
-    assert turns(cluster, "a", monkeypatch, 10.0) <= 100 * 4 + 20
+    assert cluster.count_turns("a", monkeypatch, 10.0) <= 100 * 4 + 20
 
 
 def test_a_removed_node_that_has_its_own_removal_in_its_log_learns_of_it() -> None:
