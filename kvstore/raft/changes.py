@@ -170,7 +170,8 @@ class Changes:
             self._send(hand_over.target, TimeoutNow(self._leader.term))
 
     def leadership_lost(self) -> None:
-        """A hand-over ends well when this node leads no more."""
+        """This node leads no more. If it had told the target to take over, that is how a hand-over ends well."""
         hand_over, self._hand_over = self._hand_over, None
         if hand_over is not None:
-            hand_over.done(None)
+            why = f"leadership was lost before {hand_over.target} held everything"
+            hand_over.done(None if hand_over.sent else Unavailable(why, code="transfer_failed"))

@@ -44,6 +44,7 @@ from kvstore.raft.snapshot import Snapshots, StateDirectory
 from kvstore.raft.sync import LogSync
 from kvstore.raft.transport import Identity, Transport
 from kvstore.raft.wal import Wal
+from kvstore.seldom import SeldomLog
 
 # Applying gives way to heartbeats after this long; a restart may have many entries to apply.
 APPLY_SLICE_S = 0.05
@@ -67,7 +68,7 @@ class RaftNode:
         self._env = env
         self._data_dir = data_dir
         self._open_machine = open_machine
-        self._log = log
+        self._log, self._seldom = log, SeldomLog(log, env.clock)
         self.on_leadership: Callable[[bool], None] = lambda _leads: None
         self.on_applied: Callable[[], None] = lambda: None
         self.on_fatal: Callable[[KvError], None] = lambda _error: None
@@ -392,9 +393,8 @@ class RaftNode:
             try:
                 message = messages.decode(body)
             except messages.MalformedMessage as error:
-                count = self._guard.dropped["malformed"] = self._guard.dropped["malformed"] + 1
-                if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th …: a flood of them floods no log
-                    self._log.warning("malformed message", sender=peer, error=str(error), count=count)
+                self._guard.dropped["malformed"] += 1
+                self._seldom.warning("malformed message", "malformed", sender=peer, error=str(error))
                 continue
             self._act(self._guard.receive(peer, message, now), now)
 

@@ -10,7 +10,7 @@ Rules
 - A newer connection of the same peer and purpose replaces the older one, which is closed before the newer one's first
   body is delivered.
 - The handler is called on the event loop, never from inside a call into here (but for `accept`, see there).
-- Every refusal is counted by its code in `refused`, and logged at most once in `LOG_EVERY_S` per code.
+- Every refusal is counted by its code in `refused`, and logged seldom (`SeldomLog`).
 - Whether a name with its node id may connect is the handler's decision, asked at each handshake, in both directions.
 
 Streams (`open_stream`, `accept_streams`) are further connections between the same nodes, both ways, for what must not
@@ -31,6 +31,7 @@ from typing import Protocol, cast
 from kvstore.env import Environment, Listener, Log, Timer
 from kvstore.errors import KvError, StartupError, Unavailable, error_for
 from kvstore.raft.connection import FRAME_BYTES_MAX, TICK_S, Connection, Hello, Identity, Purpose
+from kvstore.seldom import SeldomLog
 
 __all__ = ["Connection", "Identity", "Purpose", "StreamHandler", "Transport", "TransportHandler"]
 
@@ -40,7 +41,6 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 2.0
 CONNECT_TIMEOUT_S = 2.0
 # Connections that have not said who they are. Peers are few and quick; more are a port scan or a mistake.
 STRANGERS_MAX = 64
-LOG_EVERY_S = 10.0
 
 
 class TransportHandler(Protocol):
@@ -117,7 +117,7 @@ class Transport:
         self._identity = identity
         self._listen_address = listen_address
         self._handler = handler
-        self._log = log
+        self._log = SeldomLog(log, env.clock) if log is not None else None
         self._queue_bytes_max = queue_bytes_max
         self._frame_bytes_max = frame_bytes_max
         self._listener: Listener | None = None
@@ -132,7 +132,6 @@ class Transport:
         self._strangers = 0
         self._is_flush_due = False
         self._refusals: dict[str, KvError] = {}
-        self._logged: dict[tuple[str, str], tuple[float, int]] = {}
         self.refused: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
 
@@ -395,15 +394,8 @@ class Transport:
         self._log_seldom("a peer connection was refused", peer, error)
 
     def _log_seldom(self, event: str, peer: str, error: KvError) -> None:
-        """At most one line in `LOG_EVERY_S` for each event and code; the next one says how many it stands for."""
-        key, now = (event, error.code), self._env.clock.monotonic()
-        last, suppressed = self._logged.get(key, (-LOG_EVERY_S, 0))
-        if now - last < LOG_EVERY_S:
-            self._logged[key] = (last, suppressed + 1)
-            return
-        self._logged[key] = (now, 0)
         if self._log is not None:
-            self._log.warning(event, peer=peer, code=error.code, message=error.message, suppressed=suppressed)
+            self._log.warning(event, error.code, peer=peer, message=error.message)
 
     def _tick(self) -> None:
         self._timer = self._env.scheduler.call_later(TICK_S, self._tick)

@@ -244,6 +244,16 @@ def test_the_target_is_told_once_it_holds_the_whole_log(bench: Bench) -> None:
     assert not bench.changes.handing_over
 
 
+def test_leadership_that_is_lost_before_the_target_was_told_is_no_hand_over(bench: Bench) -> None:
+    bench.wal.append(data("x"), 3, 2)
+    answer = Answer()
+    bench.changes.transfer("b", 110.0, answer)
+    bench.changes.step(100.0)
+    bench.changes.leadership_lost()
+    assert code_of(answer) == "transfer_failed"
+    assert not bench.changes.handing_over
+
+
 def test_a_hand_over_that_takes_too_long_is_given_up(bench: Bench) -> None:
     answer = Answer()
     bench.changes.transfer("b", 110.0, answer)
