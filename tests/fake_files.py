@@ -8,13 +8,21 @@ What it models, of a journalling file system on a disk with a volatile cache:
 - **Names**: creating, renaming and removing are lost until the directory is synced. A power loss keeps a prefix of
   those that were not, in the order they were made, as a journal does.
 - **A killed process** (`kill`) loses nothing that was written, but nothing becomes durable by it either.
+- **A sync in a thread** (`begin_deferred`, `end_deferred`, `commit`) covers what was written when the thread began, and
+  has done so only when the thread ends. A power loss in between finds the thread after any of its syncs: nothing that
+  it did behind that one is on the disk.
 - **A failed sync** (`fail_sync`) keeps a random part of the data and forgets, as Linux does, that the rest is not on
   the disk: the next sync succeeds and does not write it. What is written anew is written.
 - **A full disk** (`capacity_bytes`): a write or an allocation beyond it raises ENOSPC; a write first writes what fits.
+- **A slow disk** (`sync_takes`, `on_slow`): each sync takes some seconds, and whoever minds is told of them.
+- **Bit rot** (`flip`, `flip_somewhere`) in what is on the disk.
 - **Stopping at any operation** (`stop_after`): the operation with that number raises `Stopped` instead of running.
 
 Sectors are written whole or not at all, but where `keep` cuts one. Files opened before `crash` or `kill` are dead
 afterwards: using one raises EBADF. All randomness comes from the `chance` that is given, so a run can be repeated.
+
+Every operation costs what it touches, and no more: zeroes at the end of a file take no room, and a file's size is no
+matter where nothing was written. Only renaming and removing directories, and listing them, look at every name.
 """
 
 from __future__ import annotations
@@ -22,121 +30,35 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-SECTOR_BYTES = 512
+from tests.fake_inode import (
+    SECTOR_BYTES,
+    Covered,
+    Inode,
+    Keep,
+    RandomBits,
+    keep_everything,
+    keep_nothing,
+    keep_prefix,
+    keep_random,
+)
 
-
-class RandomBits(Protocol):
-    def random(self) -> float: ...
-
-
-class Stopped(Exception):
-    """The machine stopped in the middle of an operation. Not an OSError: no caller may handle it."""
-
-
-# What a power loss leaves of a sector: (path, offset in the file, old content, new content) -> content.
-Keep = Callable[[str, int, bytes, bytes], bytes]
-
-
-def keep_nothing(path: str, offset: int, old: bytes, new: bytes) -> bytes:
-    return old
-
-
-def keep_everything(path: str, offset: int, old: bytes, new: bytes) -> bytes:
-    return new
-
-
-def keep_random(chance: RandomBits) -> Keep:
-    """Each sector is kept, lost, or now and then cut somewhere."""
-
-    def keep(path: str, offset: int, old: bytes, new: bytes) -> bytes:
-        draw = chance.random()
-        if draw < 0.45:
-            return new
-        if draw < 0.9:
-            return old
-        cut = int(chance.random() * len(new))
-        return new[:cut] + old[cut:]
-
-    return keep
+__all__ = [
+    "SECTOR_BYTES",
+    "FaultyFile",
+    "FaultyFiles",
+    "Keep",
+    "RandomBits",
+    "Stopped",
+    "keep_everything",
+    "keep_nothing",
+    "keep_prefix",
+    "keep_random",
+]
 
 
-def keep_prefix(size_bytes: int) -> Keep:
-    """The first `size_bytes` of the sectors that were not synced, in the order of path and offset."""
-    left = size_bytes
-
-    def keep(path: str, offset: int, old: bytes, new: bytes) -> bytes:
-        nonlocal left
-        cut = min(left, len(new))
-        left -= cut
-        return new[:cut] + old[cut:]
-
-    return keep
-
-
-class _Inode:
-    """A file's content as the page cache has it, and how to get back to what is on the disk."""
-
-    __slots__ = ("data", "durable_bytes", "forgotten", "old")
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.durable_bytes = 0  # size on the disk
-        self.old: dict[int, bytes] = {}  # sector number -> content on the disk, where it differs
-        self.forgotten: dict[int, bytes] = {}  # the same, where the page cache wrongly takes the sector for written
-
-    def remember(self, start: int, end: int) -> None:
-        """Called before bytes from `start` to `end` change."""
-        for sector in range(start // SECTOR_BYTES, -(-end // SECTOR_BYTES)):
-            if sector in self.old:
-                continue
-            if sector in self.forgotten:
-                self.old[sector] = self.forgotten.pop(sector)
-            else:
-                at = sector * SECTOR_BYTES
-                self.old[sector] = bytes(self.data[at : at + SECTOR_BYTES]).ljust(SECTOR_BYTES, b"\0")
-
-    def write(self, offset: int, content: bytes) -> None:
-        end = offset + len(content)
-        if self.data[offset:end] == content and not self.forgotten:
-            return  # as good as lost or kept
-        self.remember(offset, end)
-        if len(self.data) < offset:
-            self.data.extend(bytes(offset - len(self.data)))
-        self.data[offset:end] = content
-
-    def resize(self, size_bytes: int) -> None:
-        if size_bytes < len(self.data):
-            self.remember(size_bytes, len(self.data))
-            del self.data[size_bytes:]
-        else:
-            self.data.extend(bytes(size_bytes - len(self.data)))
-
-    def synced(self) -> None:
-        self.old.clear()
-        self.durable_bytes = len(self.data)
-
-    def sync_failed(self, chance: RandomBits) -> None:
-        for sector, content in self.old.items():
-            if chance.random() < 0.5:
-                self.forgotten[sector] = content
-        self.old.clear()
-
-    def lose(self, path: str, keep: Keep, keep_size: bool) -> None:
-        """Become what the disk holds after a power loss."""
-        size = len(self.data) if keep_size else self.durable_bytes
-        self.data.extend(bytes(max(0, size - len(self.data))))
-        for sector, old in sorted((self.old | self.forgotten).items()):
-            at = sector * SECTOR_BYTES
-            new = bytes(self.data[at : at + SECTOR_BYTES]).ljust(SECTOR_BYTES, b"\0")
-            left = keep(path, at, old, new) if sector in self.old else old
-            end = min(at + SECTOR_BYTES, len(self.data))
-            self.data[at:end] = left[: max(0, end - at)]
-        del self.data[size:]
-        self.old.clear()
-        self.forgotten.clear()
-        self.durable_bytes = len(self.data)
+class Stopped(BaseException):
+    """The machine stopped in the middle of an operation. No caller may handle it, whatever else it handles."""
 
 
 class FaultyFile:
@@ -144,7 +66,7 @@ class FaultyFile:
 
     __slots__ = ("_files", "_generation", "_inode", "_open", "path")
 
-    def __init__(self, files: FaultyFiles, inode: _Inode, path: str) -> None:
+    def __init__(self, files: FaultyFiles, inode: Inode, path: str) -> None:
         self._files = files
         self._inode = inode
         self._generation = files.generation
@@ -157,45 +79,59 @@ class FaultyFile:
 
     def write_at(self, offset: int, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
         self._check()
-        self._files.step("write")
+        files, inode = self._files, self._inode
+        files.step("write")
         content = b"".join(buffers)
-        grows = max(0, offset + len(content) - len(self._inode.data))
-        missing = grows - self._files.free_bytes
+        missing = offset + len(content) - inode.size_bytes - files.free_bytes
         if missing > 0:
-            self._inode.write(offset, content[: max(0, len(content) - missing)])
+            content = content[: max(0, len(content) - missing)]
+        if content:
+            end = offset + len(content)
+            if inode.links and end > inode.size_bytes:
+                files.used_bytes += end - inode.size_bytes
+            files.changes_data(inode, offset, end)
+            inode.write(offset, content)
+        if missing > 0:
             raise OSError(errno.ENOSPC, "No space left on device", self.path)
-        self._inode.write(offset, content)
 
     def sync(self) -> None:
         self._check()
         self._files.step("sync")
         self._files.sync_count += 1
+        self._files.takes_time()
         if self._files.take_sync_failure():
             self._inode.sync_failed(self._files.chance)
             raise OSError(errno.EIO, "Input/output error", self.path)
-        self._inode.synced()
+        self._files.sync_inode(self._inode)
 
     def truncate(self, size_bytes: int) -> None:
         self._check()
         self._files.step("truncate")
-        self._inode.resize(size_bytes)
+        self._resize(size_bytes)
 
     def allocate(self, size_bytes: int) -> None:
         self._check()
         self._files.step("allocate")
-        grows = size_bytes - len(self._inode.data)
+        grows = size_bytes - self._inode.size_bytes
         if grows > self._files.free_bytes:
             raise OSError(errno.ENOSPC, "No space left on device", self.path)
         if grows > 0:
-            self._inode.resize(size_bytes)
+            self._resize(size_bytes)
+
+    def _resize(self, size_bytes: int) -> None:
+        files, inode = self._files, self._inode
+        if inode.links:
+            files.used_bytes += size_bytes - inode.size_bytes
+        files.changes_data(inode, size_bytes, len(inode.data))
+        inode.resize(size_bytes)
 
     def size(self) -> int:
         self._check()
-        return len(self._inode.data)
+        return self._inode.size_bytes
 
     def read_at(self, offset: int, size_bytes: int) -> bytes:
         self._check()
-        return bytes(self._inode.data[offset : offset + size_bytes])
+        return self._inode.read(offset, size_bytes)
 
     def close(self) -> None:
         self._open = False
@@ -204,11 +140,33 @@ class FaultyFile:
 class _Change:
     """A change of names that no directory sync has made durable yet."""
 
-    __slots__ = ("directories", "names")
+    __slots__ = ("directories", "names", "number", "work", "work_syncs")
 
-    def __init__(self, names: dict[str, _Inode | None]) -> None:
+    def __init__(
+        self, number: int, names: dict[str, Inode | None], directories: set[str], work: DeferredWork | None
+    ) -> None:
+        self.number = number
         self.names = names
-        self.directories = {_parent(path) for path in names}
+        self.directories = directories
+        # It was made in a thread, behind so many of the thread's syncs.
+        self.work = work
+        self.work_syncs = len(work.syncs) if work is not None else 0
+
+    @property
+    def may_be_kept(self) -> bool:
+        return self.work is None or self.work_syncs == 0
+
+
+class DeferredWork:
+    """What a thread did: its syncs, in order, and what it wrote behind the first of them."""
+
+    __slots__ = ("late_sectors", "syncs", "writes_late")
+
+    def __init__(self) -> None:
+        # Of a file, or of names up to a number that are in a directory.
+        self.syncs: list[tuple[Inode, Covered] | tuple[str, int]] = []
+        self.late_sectors: dict[Inode, dict[int, int]] = {}  # sector -> behind how many of the syncs
+        self.writes_late = False
 
 
 class FaultyFiles:
@@ -217,16 +175,22 @@ class FaultyFiles:
     def __init__(self, chance: RandomBits | None = None, capacity_bytes: int | None = None) -> None:
         self.chance = chance or random.Random(0)
         self.capacity_bytes = capacity_bytes
+        self.used_bytes = 0
         self.generation = 0  # of the process that uses it
         self.operation_count = 0
         self.sync_count = 0
         self.stop_after: int | None = None
-        self._names: dict[str, _Inode] = {}
-        self._durable: dict[str, _Inode] = {}
+        self.sync_takes: Callable[[], float] | None = None  # seconds
+        self.on_slow: Callable[[float], None] | None = None
+        self._names: dict[str, Inode] = {}
+        self._durable: dict[str, Inode] = {}
         self._directories = {"", ".", "/"}  # their own durability is not modelled
         self._changes: list[_Change] = []
+        self._change_count = 0
         self._sync_failures = 0
         self._locks: set[str] = set()
+        self._work: DeferredWork | None = None  # of the thread whose work is being done
+        self._unended: list[DeferredWork] = []  # threads that have not ended, oldest first
 
     # --- faults -------------------------------------------------------------------------------------------------------
 
@@ -242,20 +206,42 @@ class FaultyFiles:
 
     def crash(self, keep: Keep = keep_nothing) -> None:
         """Power loss, then power again. Of what was not synced, `keep` is kept; of names, a random prefix (none with
-        `keep_nothing`, all with `keep_everything`)."""
-        random_kept = 0 if keep is keep_nothing else int(self.chance.random() * (len(self._changes) + 1))
-        for change in self._changes if keep is keep_everything else self._changes[:random_kept]:
-            self._make_durable(change)
+        `keep_nothing`, all with `keep_everything`). Threads had come as far as one of their syncs, by the same rule."""
+        late: dict[Inode, set[int]] = {}
+        for work in self._unended:
+            ended = self._share(keep, len(work.syncs))
+            self._sync_ended(work, ended)
+            for inode, sectors in work.late_sectors.items():
+                behind = {number for number, syncs in sectors.items() if syncs > ended}
+                late.setdefault(inode, set()).update(behind)
+        for change in self._changes[: self._share(keep, len(self._changes))]:
+            if change.may_be_kept:
+                self._make_durable(change)
         self._changes.clear()
+        self._unended.clear()
         self._names = dict(self._durable)
         for path, inode in sorted(self._names.items()):
             keep_size = keep is keep_everything or (keep is not keep_nothing and self.chance.random() < 0.5)
-            inode.lose(path, keep, keep_size)
+            inode.lose(path, keep, keep_size, late.get(inode, set()))
+            inode.links = 1
             self.make_dirs(_parent(path))  # it may have been removed, and that lost
+        self.used_bytes = sum(inode.size_bytes for inode in self._names.values())
         self.kill()
 
+    def _share(self, keep: Keep, count: int) -> int:
+        if keep is keep_nothing:
+            return 0
+        return count if keep is keep_everything else int(self.chance.random() * (count + 1))
+
     def kill(self) -> None:
-        """The process that used the files dies; the machine goes on."""
+        """The process that used the files dies; the machine goes on. A thread that was at the last of its syncs leaves
+        that undone; one that has written since then had come to its end."""
+        for work in self._unended:
+            if work.writes_late:
+                self._sync_ended(work, len(work.syncs))
+            self._let_go(work)
+        self._unended.clear()
+        self._work = None
         self.generation += 1
         self.stop_after = None
         self._locks.clear()
@@ -268,15 +254,132 @@ class FaultyFiles:
 
     @property
     def free_bytes(self) -> int:
-        if self.capacity_bytes is None:
-            return 2**62
-        return max(0, self.capacity_bytes - sum(len(inode.data) for inode in set(self._names.values())))
+        return 2**62 if self.capacity_bytes is None else max(0, self.capacity_bytes - self.used_bytes)
+
+    def takes_time(self) -> None:
+        """Called in each sync."""
+        if self.sync_takes is not None and self.on_slow is not None:
+            self.on_slow(self.sync_takes())
+
+    # --- work in threads ----------------------------------------------------------------------------------------------
+
+    def begin_deferred(self) -> DeferredWork:
+        """What is done until `end_deferred` is done in a thread: all of it at once, at the thread's beginning. What it
+        makes durable becomes so with `commit`, at the thread's end."""
+        assert self._work is None, "one thread's work at a time"
+        self._work = DeferredWork()
+        self._unended.append(self._work)
+        return self._work
+
+    def end_deferred(self, work: DeferredWork) -> None:
+        """To be called also where the work raised. What is done from here on is done outside of the thread."""
+        if self._work is work:  # else the process ended in it
+            self._work = None
+
+    def commit(self, work: DeferredWork) -> None:
+        """The thread ends. Nothing happens if its process did before."""
+        if work in self._unended:
+            assert self._work is not work, "its work is still being done"
+            self._unended.remove(work)
+            self._sync_ended(work, len(work.syncs))
+            self._let_go(work)
+
+    def sync_inode(self, inode: Inode) -> None:
+        if self._work is None:
+            inode.synced()
+        else:
+            self._work.syncs.append((inode, inode.cover()))
+
+    def changes_data(self, inode: Inode, start: int, end: int) -> None:
+        """Called before each change of a file's content."""
+        work = self._work
+        if work is not None and work.syncs:
+            work.writes_late = True
+            sectors = work.late_sectors.setdefault(inode, {})
+            for number in range(start // SECTOR_BYTES, -(-end // SECTOR_BYTES)):
+                sectors[number] = len(work.syncs)
+
+    def _sync_ended(self, work: DeferredWork, count: int) -> None:
+        """The first `count` of a thread's syncs have ended."""
+        for sync in work.syncs[:count]:
+            if isinstance(sync[0], str):
+                self._make_names_durable(sync[1], work)
+            else:
+                sync[0].sync_ended(sync[1])
+        for change in self._changes:
+            if change.work is work and change.work_syncs <= count:
+                change.work = None
+
+    def _let_go(self, work: DeferredWork) -> None:
+        """Nothing tells its changes from others any more."""
+        for change in self._changes:
+            if change.work is work:
+                change.work = None
+        for sync in work.syncs:
+            if not isinstance(sync[0], str) and sync[1] in sync[0].covered:
+                sync[0].covered.remove(sync[1])
 
     # --- looking at and damaging what is on the disk ------------------------------------------------------------------
 
     def image(self) -> dict[str, bytes]:
         """All files as they read now."""
-        return {path: bytes(inode.data) for path, inode in self._names.items()}
+        return {path: inode.read(0, inode.size_bytes) for path, inode in self._names.items()}
+
+    def durable_paths(self, prefix: str = "") -> list[str]:
+        """The files that a power loss with nothing kept would leave."""
+        return sorted(path for path in self._durable if path.startswith(prefix))
+
+    def durable_read(self, path: str, offset: int, size_bytes: int) -> bytes:
+        """Up to `size_bytes` of what is on the disk, whatever the page cache says. Costs what it reads."""
+        inode = self._durable[path]
+        end = min(offset + size_bytes, inode.durable_bytes)
+        if end <= offset:
+            return b""
+        held = inode.data[offset:end].ljust(end - offset, b"\0")
+        for differs in (inode.forgotten, inode.old):
+            if differs:
+                for number in range(offset // SECTOR_BYTES, -(-end // SECTOR_BYTES)):
+                    if number in differs:
+                        at = number * SECTOR_BYTES
+                        begin, until = max(at, offset), min(at + SECTOR_BYTES, end)
+                        held[begin - offset : until - offset] = differs[number][begin - at : until - at]
+        return bytes(held)
+
+    def flip(self, path: str, offset: int, bit: int) -> None:
+        """A bit of what is on the disk becomes the opposite; of what is in the page cache too, unless that was written
+        anew and waits for a sync. The file must be there durably, and as large."""
+        inode = self._durable[path]
+        assert 0 <= offset < inode.durable_bytes, f"{path} has {inode.durable_bytes} bytes, and none at {offset}"
+        number, at = divmod(offset, SECTOR_BYTES)
+        for differs in (inode.old, inode.forgotten):
+            if number in differs:
+                content = bytearray(differs[number])
+                content[at] ^= 1 << bit
+                differs[number] = bytes(content)
+                return
+        inode.data.extend(bytes(max(0, offset + 1 - len(inode.data))))
+        inode.data[offset] ^= 1 << bit
+
+    def flip_somewhere(self, chance: RandomBits | None = None, prefix: str = "") -> tuple[str, int, int] | None:
+        """Flip a random bit in the durable content of files whose path begins with `prefix`, each byte as likely as
+        another. (path, offset, bit), or None where there is nothing. What was only reserved, the zeroes at the end of
+        a file, is left alone, and so is what was written anew and not synced."""
+        draw = (chance or self.chance).random
+        inodes = [
+            (path, inode, min(len(inode.data), inode.durable_bytes))
+            for path, inode in sorted(self._durable.items())
+            if path.startswith(prefix) and self._names.get(path) is inode
+        ]
+        at = int(draw() * sum(size for _, _, size in inodes))
+        for path, inode, size in inodes:
+            if at < size:
+                if at // SECTOR_BYTES in inode.old or at // SECTOR_BYTES in inode.forgotten:
+                    return None
+                bit = int(draw() * 8)
+                self.flip(path, at, bit)
+                return path, at, bit
+            at -= size
+        return None
 
     @classmethod
     def of_image(cls, image: dict[str, bytes], chance: RandomBits | None = None) -> FaultyFiles:
@@ -284,9 +387,12 @@ class FaultyFiles:
         files = cls(chance)
         for path, content in image.items():
             files.make_dirs(_parent(path))
-            inode = _Inode()
+            inode = Inode()
             inode.data[:] = content
+            inode.size_bytes = len(content)
+            inode.links = 1
             inode.synced()
+            files.used_bytes += len(content)
             files._names[path] = files._durable[path] = inode
         return files
 
@@ -298,11 +404,12 @@ class FaultyFiles:
                 raise FileExistsError(errno.EEXIST, "File exists", path)
             self._need_directory(_parent(path))
             self.step("create")
-            self._change({path: _Inode()})
+            self._change({path: Inode()})
         return FaultyFile(self, self._inode(path), path)
 
     def read(self, path: str) -> bytes:
-        return bytes(self._inode(path).data)
+        inode = self._inode(path)
+        return inode.read(0, inode.size_bytes)
 
     def replace(self, path: str, data: bytes) -> None:
         temporary = path + ".tmp"
@@ -324,7 +431,7 @@ class FaultyFiles:
                 new + path[len(old) :] if path == old or path.startswith(old + "/") else path
                 for path in self._directories
             }
-            names: dict[str, _Inode | None] = dict.fromkeys(moved)
+            names: dict[str, Inode | None] = dict.fromkeys(moved)
             names.update({new + path[len(old) :]: inode for path, inode in moved.items()})
             self._change(names, {_parent(old), _parent(new)})
             return
@@ -342,7 +449,7 @@ class FaultyFiles:
             return
         self.step("remove_tree")
         inside = path + "/"
-        names: dict[str, _Inode | None] = dict.fromkeys(name for name in self._names if name.startswith(inside))
+        names: dict[str, Inode | None] = dict.fromkeys(name for name in self._names if name.startswith(inside))
         self._change(names, {_parent(path)})
         self._directories = {name for name in self._directories if name != path and not name.startswith(inside)}
 
@@ -365,16 +472,18 @@ class FaultyFiles:
         return path in self._directories
 
     def size(self, path: str) -> int:
-        return len(self._inode(path).data)
+        return self._inode(path).size_bytes
 
     def sync_dir(self, path: str) -> None:
         self._need_directory(path)
         self.step("sync_dir")
+        self.takes_time()
         # As a journal does: with a directory's last change, everything before it is written too.
-        last = max((n for n, change in enumerate(self._changes, 1) if path in change.directories), default=0)
-        for change in self._changes[:last]:
-            self._make_durable(change)
-        del self._changes[:last]
+        last = next((change.number for change in reversed(self._changes) if path in change.directories), 0)
+        if self._work is not None:
+            self._work.syncs.append((path, last))
+        else:
+            self._make_names_durable(last, None)
 
     def lock(self, path: str) -> Callable[[], None] | None:
         if path in self._locks:
@@ -382,11 +491,17 @@ class FaultyFiles:
         if path not in self._names:
             self.open(path, create=True)
         self._locks.add(path)
-        return lambda: self._locks.discard(path)
+        generation = self.generation
+
+        def release() -> None:
+            if generation == self.generation:  # else it may be another process's by now
+                self._locks.discard(path)
+
+        return release
 
     # --- names --------------------------------------------------------------------------------------------------------
 
-    def _inode(self, path: str) -> _Inode:
+    def _inode(self, path: str) -> Inode:
         if path in self._directories:
             raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
         if path not in self._names:
@@ -397,23 +512,45 @@ class FaultyFiles:
         if path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
 
-    def _change(self, names: dict[str, _Inode | None], directories: set[str] | None = None) -> None:
-        _apply(self._names, names)
-        change = _Change(names)
-        if directories is not None:
-            change.directories = directories
-        self._changes.append(change)
+    def _change(self, names: dict[str, Inode | None], directories: set[str] | None = None) -> None:
+        for path, inode in names.items():
+            before = self._names.pop(path, None)
+            if before is not None:
+                before.links -= 1
+                self.used_bytes -= 0 if before.links else before.size_bytes
+            if inode is not None:
+                self._names[path] = inode
+                inode.links += 1
+                self.used_bytes += inode.size_bytes if inode.links == 1 else 0
+        if directories is None:
+            directories = {_parent(path) for path in names}
+        self._change_count += 1
+        work = self._work
+        if work is not None and work.syncs:
+            work.writes_late = True
+        self._changes.append(_Change(self._change_count, names, directories, work))
+
+    def _make_names_durable(self, until: int, work: DeferredWork | None) -> None:
+        """Changes up to that number; but not what other threads did behind a sync that has not ended."""
+        if until == 0:
+            return
+        left = []
+        for at, change in enumerate(self._changes):
+            if change.number > until:
+                left += self._changes[at:]
+                break
+            if change.work is work or change.may_be_kept:
+                self._make_durable(change)
+            else:
+                left.append(change)
+        self._changes = left
 
     def _make_durable(self, change: _Change) -> None:
-        _apply(self._durable, change.names)
-
-
-def _apply(names: dict[str, _Inode], change: dict[str, _Inode | None]) -> None:
-    for path, inode in change.items():
-        if inode is None:
-            names.pop(path, None)
-        else:
-            names[path] = inode
+        for path, inode in change.names.items():
+            if inode is None:
+                self._durable.pop(path, None)
+            else:
+                self._durable[path] = inode
 
 
 def _parent(path: str) -> str:

@@ -68,7 +68,8 @@ class ClientProtocol(asyncio.Protocol):
         self._writable = True
         self._heard = False
         self._silent_looks = 0
-        self._unsent_bytes = 0
+        self._written_bytes = 0  # since the last look
+        self._unsent_bytes = 0  # at the last look
         self._watch: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._reason = ""
@@ -88,7 +89,7 @@ class ClientProtocol(asyncio.Protocol):
             self._loop.call_soon(self._flush)
         if self._watch is None:
             self._heard = False
-            self._silent_looks = self._unsent_bytes = 0
+            self._silent_looks = self._unsent_bytes = self._written_bytes = 0
             self._watch = self._loop.call_later(self._silence_s / SILENT_LOOKS_MAX, self._look)
 
     def forget(self, frame_id: int) -> None:
@@ -153,6 +154,7 @@ class ClientProtocol(asyncio.Protocol):
             return
         data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
         self._out.clear()
+        self._written_bytes += len(data)
         self._transport.write(data)
 
     def _look(self) -> None:
@@ -161,8 +163,11 @@ class ClientProtocol(asyncio.Protocol):
             self._watch = None
             return
         unsent_bytes = self._transport.get_write_buffer_size()
-        # Bytes that are still leaving are a sign of life too: a large request on a slow line is no dead peer.
-        if self._heard or unsent_bytes != self._unsent_bytes:
+        # Bytes that waited and have left are a sign of life too: a large request on a slow line is no dead peer. (What
+        # came to those that wait is none, nor what the system took at once: our own probe is among it.)
+        waited_bytes, self._unsent_bytes = self._unsent_bytes, unsent_bytes
+        written_bytes, self._written_bytes = self._written_bytes, 0
+        if self._heard or (waited_bytes and unsent_bytes < waited_bytes + written_bytes):
             self._silent_looks = 0
         else:
             self._silent_looks += 1
@@ -172,7 +177,6 @@ class ClientProtocol(asyncio.Protocol):
             if self._silent_looks == 1:
                 self.send(StatusRequest(self._next_id()), _SIGN_OF_LIFE)
         self._heard = False
-        self._unsent_bytes = unsent_bytes
         self._watch = self._loop.call_later(self._silence_s / SILENT_LOOKS_MAX, self._look)
         if self._silent_looks:
             self._silent()

@@ -166,12 +166,13 @@ class Configuration(msgspec.Struct, frozen=True):
 
 
 def newest_configuration(
-    entries: Sequence[tuple[bytes, int, int]], applied: bytes, initial: Iterable[Member]
-) -> Configuration:
+    entries: Sequence[tuple[bytes, int, int]], applied: bytes, applied_at: tuple[int, int], initial: Iterable[Member]
+) -> tuple[Configuration, tuple[int, int]]:
     """The last configuration in the log, committed or not; where it holds none, the state machine's (`applied`, empty
-    before the first); where there is none either, the one to begin with. O(entries), but only membership changes,
-    truncations and restarts ask."""
-    for payload, _, _ in reversed(entries):
+    before the first); where there is none either, the one to begin with. And the place (term, index) at which it is
+    known to be in force: its own, or the state machine's (`applied_at`); (0, 0) for the one to begin with. O(entries),
+    but only membership changes, truncations and restarts ask."""
+    for payload, index, term in reversed(entries):
         if payload[0] == EntryKind.MEMBERS:
-            return Configuration.decode(payload[1:])
-    return Configuration.decode(applied) if applied else Configuration.of(initial)
+            return Configuration.decode(payload[1:]), (term, index)
+    return (Configuration.decode(applied), applied_at) if applied else (Configuration.of(initial), (0, 0))

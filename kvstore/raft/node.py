@@ -116,9 +116,8 @@ class RaftNode:
         self._reconcile()
         self._sync = LogSync(env, self._wal, self._wake, self._fail_storage)
         self._flush = StateFlush(env, self._wal, lambda: self._replicas.receiving, self._fail_storage)
-        own = own_identity(config, self._wal.node_id)
-        self._roster = Roster(own)
-        self._transport = Transport(env, own, config.listen_address, self, log=self._log)
+        self._roster = Roster(own_identity(config, self._wal.node_id))
+        self._transport = Transport(env, self._roster.own, config.listen_address, self, log=self._log)
         self._snapshots = Snapshots(env, self.machine, self._state_directory, self._transport, self, log=self._log)
         election_s = config.election_min_ms / 1000, config.election_max_ms / 1000
         self._elections = Elections(env.chance, *election_s, env.clock.monotonic())
@@ -199,13 +198,11 @@ class RaftNode:
         self._transport.stop()
         await self._sync.finish()
         await self._flush.finish()
-        if self._failure is None:
+        for part in (self._wal, self.machine):
             try:
-                self._wal.sync()
+                part.close()
             except OSError as error:
-                self._log.error("the log could not be synced on stopping", error=str(error))
-        self._wal.close()
-        self.machine.close()
+                self._log.error("what was not promised may be lost: the disk failed on stopping", error=str(error))
 
     # --- what the rest of kvstore sees --------------------------------------------------------------------------------
 
@@ -569,8 +566,11 @@ class RaftNode:
     def _apply_members(self) -> None:
         """Find the configuration in force and give it to all who need it."""
         self._members_stale, self._identify_due = False, True
-        members = newest_configuration(self._wal.entries, self.machine.members, self.config.members)
-        self._members = self._reads.members = self._changes.members = self._roster.members = members
+        at = self.machine.applied_term, self.machine.applied_index
+        members, at = newest_configuration(self._wal.entries, self.machine.members, at, self.config.members)
+        self._members = self._reads.members = self._changes.members = members
+        self._roster.set_members(members, at)
+        self._transport.identity = self._roster.own
         self._guard.set_members(members)
         self._sole_voter = members.voters == {self.config.name}
         self._engine.set_members(members.voters, members.learners)

@@ -114,7 +114,7 @@ class Transport:
         frame_bytes_max: int = FRAME_BYTES_MAX,
     ) -> None:
         self._env = env
-        self._identity = identity
+        self.identity = identity
         self._listen_address = listen_address
         self._handler = handler
         self._log = SeldomLog(log, env.clock) if log is not None else None
@@ -174,7 +174,7 @@ class Transport:
     def set_peers(self, peers: Mapping[str, str]) -> None:
         """From now on be connected with these (name -> host:port) and only these. A peer whose address changed is
         dialled anew. Connections that are open are judged again by `TransportHandler.judge`."""
-        assert self._identity.name not in peers, "a node is no peer of itself"
+        assert self.identity.name not in peers, "a node is no peer of itself"
         for name, link in list(self._links.items()):
             if peers.get(name) != link.address:
                 was_up = self.connected(name)
@@ -231,7 +231,7 @@ class Transport:
     def _connection(self, dial: tuple[str, Purpose] | None) -> Connection:
         connection = Connection(
             self,
-            self._identity,
+            self.identity,
             queue_bytes_max=self._queue_bytes_max,
             frame_bytes_max=self._frame_bytes_max,
             dial=dial,
@@ -293,7 +293,7 @@ class Transport:
         return self._connection(None)
 
     def judge(self, connection: Connection, hello: Hello) -> tuple[str, str] | None:
-        us, them = self._identity, hello.identity
+        us, them = self.identity, hello.identity
         if them.cluster_id != us.cluster_id:
             return "wrong_cluster", (
                 f"{them.name} is of cluster {them.cluster_id}, {us.name} of {us.cluster_id}: the initial members or "

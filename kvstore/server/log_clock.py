@@ -10,7 +10,8 @@ nothing. It may fall behind real time (a clock that jumps back, a cluster that w
 applied here, for an own one the moment it was stamped. (Counting own entries from their apply, as one might, would
 lose the time between stamp and apply at every entry, and log time would stand still on a leader under steady load.)
 
-An empty store has no lease to shorten, so its first stamp is the wall clock.
+An empty store has no lease to shorten, so its first stamp is the wall clock. But a state without a log time may also be
+one whose log is not replayed yet: until the leader knows better (`begin`), it stamps 0, and log time stands still.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _RATE = 1.01
 
 
 class LogClock:
-    __slots__ = ("_base_at", "_base_ms", "_clock", "_floor_ms")
+    __slots__ = ("_base_at", "_base_ms", "_clock", "_floor_ms", "_is_empty")
 
     def __init__(self, clock: Clock, log_time_ms: int) -> None:
         """`log_time_ms` is that of the state as the node opened it; 0 where it is empty."""
@@ -32,6 +33,11 @@ class LogClock:
         self._base_ms = float(log_time_ms)
         self._base_at = clock.monotonic()
         self._floor_ms = 0
+        self._is_empty = False
+
+    def begin(self) -> None:
+        """This node leads, has applied all that was before its term, and there was no log time in it."""
+        self._is_empty = True
 
     def observe(self, log_time_ms: int) -> None:
         """The state now stands at this log time. Our own stamps come back here too; they are known already."""
@@ -45,6 +51,7 @@ class LogClock:
         self._base_ms = float(log_time_ms)
         self._base_at = self._clock.monotonic()
         self._floor_ms = 0
+        self._is_empty = False
 
     def now_ms(self) -> int:
         """The stamp that an entry would get now."""
@@ -61,5 +68,5 @@ class LogClock:
     def _limit_ms(self, now: float) -> float:
         wall_ms = float(self._clock.wall_ms())
         if not self._base_ms:
-            return wall_ms
+            return wall_ms if self._is_empty else 0.0
         return min(wall_ms, self._base_ms + (now - self._base_at) * 1000.0 * _RATE)

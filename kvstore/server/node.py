@@ -270,7 +270,11 @@ class ServerNode:
         self._batcher.leadership_changed(leading)
 
     def _applied(self) -> None:
-        self._log_clock.observe(self.machine.log_time_ms)
+        machine, raft = self.machine, self._raft
+        if machine.log_time_ms:
+            self._log_clock.observe(machine.log_time_ms)
+        elif raft.is_leader and machine.applied_term == raft.term:
+            self._log_clock.begin()
         self._reads.applied()
 
     def _failed(self, error: KvError) -> None:

@@ -90,6 +90,9 @@ class Raft(Proposer, Protocol):
         """The live state machine; another object after a snapshot was installed."""
 
     @property
+    def term(self) -> int: ...
+
+    @property
     def members(self) -> tuple[model.Member, ...]: ...
 
     async def start(self) -> None: ...
@@ -115,6 +118,9 @@ class Machine(Protocol):
 
     @property
     def revision(self) -> int: ...
+
+    @property
+    def applied_term(self) -> int: ...
 
     @property
     def log_time_ms(self) -> int:

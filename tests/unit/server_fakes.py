@@ -42,6 +42,7 @@ class FakeMachine:
     def __init__(self) -> None:
         self.revision = 0
         self.log_time_ms = 0
+        self.applied_term = 1
         self.batches: list[codec.Batch] = []
         self.records: dict[bytes, model.Record] = {}
         self.expiry_from_ms = 0
@@ -95,6 +96,7 @@ class FakeRaft:
         self.machine = FakeMachine()
         self.prompt = prompt
         self.is_leader = True
+        self.term = 1
         self.accepting = True
         self.leader = "n1"
         self.members: tuple[model.Member, ...] = (

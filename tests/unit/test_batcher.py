@@ -28,6 +28,7 @@ class Setup:
         self.env = virtual_environment(self.world)
         self.raft = FakeRaft(prompt)
         self.log_clock = LogClock(self.world, 0)
+        self.log_clock.begin()
         self.pressure: list[bool] = []
         self.batcher = Batcher(self.env, self.raft, self.log_clock, failure, self.pressure.append)
         self.raft.on_leadership = self.batcher.leadership_changed
@@ -207,10 +208,23 @@ def test_log_time_follows_the_wall_clock_under_steady_pipelined_load() -> None:
 def test_a_wall_clock_that_jumps_ahead_moves_log_time_by_one_percent_at_most() -> None:
     world = World()
     clock = LogClock(world, 0)
+    clock.begin()
     first = clock.stamp()
     world.jumped_ms += 3_600_000
     world.advance(10.0)
     assert first + 10_000 <= clock.stamp() <= first + 10_100
+
+
+def test_a_state_that_is_not_replayed_yet_knows_no_log_time() -> None:
+    world = World()
+    world.jumped_ms += 3_600_000
+    clock = LogClock(world, 0)
+    assert clock.stamp() == 0  # the log behind it may hold any log time
+    clock.observe(5_000)
+    world.advance(1.0)
+    assert clock.stamp() == 6_010
+    clock.forget_own(0)
+    assert clock.now_ms() == 0
 
 
 def test_a_successor_with_a_clock_ahead_counts_from_the_applied_log_time() -> None:
@@ -228,6 +242,7 @@ def test_a_successor_with_a_clock_ahead_counts_from_the_applied_log_time() -> No
 def test_a_wall_clock_that_jumps_back_never_takes_log_time_back() -> None:
     world = World()
     clock = LogClock(world, 0)
+    clock.begin()
     first = clock.stamp()
     world.jumped_ms -= 3_600_000
     world.advance(5.0)

@@ -6,6 +6,8 @@ import math
 import random
 from collections.abc import Callable
 
+import msgspec
+
 from kvstore.env import Environment
 from kvstore.errors import KvError, Unavailable
 from kvstore.model import Member
@@ -35,7 +37,7 @@ def identity(name: str, node_id: str, address: str = "") -> Identity:
 
 def roster(*members: Member) -> Roster:
     made = Roster(identity("a", "id-a"))
-    made.members = Configuration.of(members)
+    made.set_members(Configuration.of(members), (2, 10))
     return made
 
 
@@ -48,6 +50,27 @@ def test_only_a_known_name_with_another_node_id_is_refused() -> None:
     assert refusal is not None
     assert refusal[0] == "node_identity_changed"
     assert "kvstore leave b" in refusal[1]
+
+
+def test_one_that_joined_anew_under_a_known_name_is_let_in_by_a_node_that_was_away() -> None:
+    """Else a node that missed the replacement would refuse the leader that alone can tell it."""
+    known = roster(Member("b", "b:1", "", "id-b", True))
+    replaced = identity("b", "another", "moved:1")
+    for member_at, is_let_in in (((0, 0), False), ((1, 99), False), ((2, 10), False), ((2, 11), True), ((3, 1), True)):
+        assert (known.judge(msgspec.structs.replace(replaced, member_at=member_at)) is None) == is_let_in
+    known.note(msgspec.structs.replace(replaced, member_at=(2, 11)))
+    assert known.addresses() == {"b": "moved:1"}  # it must be answered
+    known.set_members(Configuration.of([Member("b", "b:2", "", "id-b", True)]), (3, 12))
+    assert known.addresses() == {"b": "b:2"}  # the newer configuration has not heard of it
+
+
+def test_a_node_says_where_in_the_log_it_became_a_member() -> None:
+    known = roster(Member("a", "a:1", "", "id-a", True))
+    assert known.own.member_at == (2, 10)
+    known.set_members(Configuration.of([Member("a", "a:1", "", "", True)]), (2, 11))
+    assert known.own.member_at == (0, 0)  # its id is not recorded: this may be another's name
+    known.set_members(Configuration.of([Member("a", "a:1", "", "id-before", True)]), (2, 12))
+    assert known.own.member_at == (0, 0)
 
 
 def test_what_a_node_says_of_itself_is_news_once() -> None:
@@ -64,7 +87,7 @@ def test_a_node_is_dialled_where_it_last_said_it_is() -> None:
     known.note(identity("b", "id-b", "moved:1"))
     known.note(identity("d", "id-d"))  # no member yet, and answered all the same
     assert known.addresses() == {"b": "moved:1", "d": "d:1"}
-    known.members = Configuration.of([Member("b", "new:1", "", "id-new", False)])
+    known.set_members(Configuration.of([Member("b", "new:1", "", "id-new", False)]), (2, 11))
     assert known.addresses()["b"] == "new:1"  # the one that said otherwise is another node
 
 
