@@ -18,11 +18,14 @@ The engine elects, replicates and commits; it is stock pysyncobj 0.3.17. This wr
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Collection
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pysyncobj.syncobj
 from pysyncobj.config import SERIALIZER_STATE, SyncObjConf
@@ -164,13 +167,21 @@ class _EmittingTransport(Transport):  # type: ignore[misc]
         return True
 
 
-def _private_copy() -> ModuleType:
-    """`pysyncobj.syncobj`, executed once more under another name: globals of its own to replace."""
+@functools.cache
+def _source() -> tuple[ModuleSpec, CodeType]:
+    """`pysyncobj.syncobj` under another name, compiled once: a snapshot install builds an engine, and must not wait."""
     spec = importlib.util.spec_from_file_location("pysyncobj.syncobj_of_kvstore", pysyncobj.syncobj.__file__)
     assert spec is not None
-    assert spec.loader is not None
+    code = cast(InspectLoader, spec.loader).get_code(spec.name)
+    assert code is not None
+    return spec, code
+
+
+def _private_copy() -> ModuleType:
+    """The engine's module, executed once more: globals of its own to replace."""
+    spec, code = _source()
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    exec(code, vars(module))
     return module
 
 

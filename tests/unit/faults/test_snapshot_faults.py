@@ -166,7 +166,8 @@ def test_fault_15_ours_replaces_a_log_that_conflicts() -> None:
     leader.machine.flush()
     cluster.wal("a").drop_before(leader.machine.applied_index, 0)
     for member in ("a", "b"):  # nobody knows c by its old disk
-        cluster.nodes[member]._members = cluster.nodes[member]._roster.members = configuration("abc")
+        cluster.nodes[member]._members = configuration("abc")
+        cluster.nodes[member]._roster.set_members(configuration("abc"), (1, 1))
     cluster.start("c")
     cluster.until(lambda: cluster.machine("c").payloads == cluster.machine("a").payloads)
     assert cluster.wal("c").first_index > 40
