@@ -45,6 +45,9 @@ class StateDirectory:
             files, directory = self._files, self._directory
             pointer = f"{directory}/{_POINTER}"
             if files.exists(pointer):
+                # A process that died between its renaming and the sync of it left a name that we see and that a power
+                # loss takes back; on what it names the log is about to rely.
+                files.sync_dir(directory)
                 self._current = _decode(pointer, files.read(pointer))
             else:
                 files.make_dirs(directory)

@@ -78,9 +78,10 @@ class DataDirectory:
         self._files = files
         self._meta_path = f"{path}/META"
         try:
-            if not files.is_dir(path):
-                files.make_dirs(path)
-                files.sync_dir(path.rstrip("/").rpartition("/")[0] or ".")  # else power loss may take all of it
+            files.make_dirs(path)
+            # Else power loss may take all of it, also what a process that was killed made and did not come to sync.
+            files.sync_dir(path.rstrip("/").rpartition("/")[0] or ".")
+            files.sync_dir(path)
             release = files.lock(f"{path}/LOCK")
         except OSError as error:
             raise StartupError(f"cannot use the data directory {path}: {error}") from error

@@ -60,6 +60,25 @@ def test_switch_counts_from_when_it_returns_and_not_before() -> None:
         steps += 1
 
 
+def test_a_state_that_a_start_relies_on_is_not_taken_back_by_a_power_loss() -> None:
+    """A process dies between its renaming of the pointer and the sync of it. The next one sees the new name and lets
+    its log begin there; then power is lost."""
+    for steps in range(12):
+        files, directory = fresh()
+        write(files, directory.current(), b"old")
+        new = directory.new()
+        write(files, new, b"new")
+        files.stop_after = files.operation_count + steps
+        try:
+            directory.switch(new)
+        except Stopped:
+            pass
+        files.kill()
+        relied_on = StateDirectory(files, "data/state").current()
+        files.crash()
+        assert StateDirectory(files, "data/state").current() == relied_on, f"stopped after {steps} operations"
+
+
 def test_a_fresh_path_is_not_the_current_one_before_that_is_made() -> None:
     _, directory = fresh()
     assert directory.new() == "data/state/state-1"
