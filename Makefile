@@ -5,12 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench bench-micro bench-deps clean
+.PHONY: help run test lint sim mutants chaos bench bench-micro bench-deps clean
 
 help:
 	@echo "make run         start three store nodes and the services, place an order, lose the leader, place another"
 	@echo "make test        lint, types and all tests"
 	@echo "make lint        ruff and mypy only"
+	@echo "make sim         simulated clusters under faults: SEEDS=1000 is a campaign, SEED=123 replays one and tells its story"
+	@echo "make mutants     take the protections out one by one: which seed notices? Writes the table in docs/testing.md"
+	@echo "make chaos       faults on real nodes under load, and a report with a plot (MINUTES=20 SEED=1 choose how long and which)"
 	@echo "make bench       the core benchmark beside its peers (BENCH='core --quick' chooses which)"
 	@echo "make bench-micro what the hot functions cost, one by one"
 	@echo "make bench-deps  install those peers: etcd, PostgreSQL, Redis, wrk (Debian packages; asks for root)"
@@ -53,6 +56,25 @@ lint: $(VENV)/installed-to-test
 test: lint
 	@echo "pytest"
 	@$(BIN)/python -m pytest
+
+# SEED=123 replays one run, SEEDS=1000 is a campaign; NODES=3 or 5 instead of both by turns; SIM='--shrink 123' or any
+# other options of the command, which `python -m tests.simulation --help` lists.
+SEEDS ?= 1000
+NODES ?= both
+SIM ?= $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) --nodes $(NODES)
+sim: $(VENV)/installed-to-test
+	@echo "python -m tests.simulation $(SIM)"
+	@$(BIN)/python -m tests.simulation $(SIM)
+
+mutants: $(VENV)/installed-to-test
+	@echo "python -m tests.simulation.mutation_table"
+	@$(BIN)/python -m tests.simulation.mutation_table
+
+MINUTES ?= 20
+CHAOS := --minutes $(MINUTES) --seed $(or $(SEED),1) --out build/chaos
+chaos: $(VENV)/installed-to-test
+	@echo "python -m tests.chaos $(CHAOS)"
+	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 BENCH ?= core
 bench: $(VENV)/installed-to-test

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
+from typing import TextIO, cast
 
 import structlog
 
@@ -11,6 +13,23 @@ from kvstore.env import Log
 
 FORMATS = ("auto", "json", "console")
 LEVELS = ("debug", "info", "warning", "error")
+
+
+class LossyStream:
+    """A stream of which nobody hears that it failed: a log line that cannot be written (its disk is full, the reader
+    of its pipe has gone) is lost. What a node does must not depend on it, least of all what it does about that disk.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def server_log(node: str, log_format: str, level: str) -> Log:
@@ -29,7 +48,7 @@ def server_log(node: str, log_format: str, level: str) -> Log:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, LossyStream(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     log: Log = structlog.get_logger(node=node)

@@ -340,8 +340,12 @@ class Pool:
             self._refuse_if_hopeless()
 
     def link_silent(self, link: Link) -> None:
-        """A node owes answers. If it led, the others may follow another by now."""
+        """A node owes answers. If it led, the others may follow another by now: they are asked, also those to whom
+        nobody needed a way so far."""
         self._leave_if_silent(link)
+        now = self.loop.time()
+        for other in tuple(self._links.values()):
+            other.open(now)
         self._probe_all()
 
     def learn(self, link: Link, status: NodeStatus) -> None:

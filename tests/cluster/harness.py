@@ -100,7 +100,8 @@ class NodeProcess:
                 [sys.executable, "-m", main, *arguments],
                 cwd=ROOT,
                 env={**os.environ, "KVSTORE_CLUSTER_TOKEN": TOKEN, **environment},
-                stdin=subprocess.DEVNULL,
+                # With a parent it ends when the pipe does: then no node outlives whoever runs it, however that ends.
+                stdin=subprocess.PIPE if "--with-parent" in arguments else subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -115,6 +116,8 @@ class NodeProcess:
         if self.process is None:
             return None
         code = self.process.wait(within_s)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self.process = None
         return code
 

@@ -13,6 +13,7 @@ import pytest
 import kvstore
 from kvstore import Client, Refused, Unavailable, codec
 from kvstore.client.connection import TcpConnector, parse_endpoints
+from kvstore.client.pool import LinkState
 from tests.fake_server import FakeCluster, FakeNode, answer, fail, until
 
 
@@ -239,6 +240,25 @@ async def test_a_silent_leader_is_left_for_a_new_one_before_it_is_given_up(clust
     kv = await quick(cluster.endpoints, silence_s=8.0)
     async with kv:
         await kv.put(b"a", b"1")
+        first.silent = True
+        call = asyncio.ensure_future(kv.put(b"b", b"2", timeout=20))
+        await until(lambda: len(first.writes) == 2)
+        cluster.elect(second)
+        await asyncio.wait_for(call, 4.0)
+        assert len(second.writes) == 1
+
+
+async def test_a_silent_leader_is_left_also_by_a_client_that_has_no_way_to_the_others_yet(cluster: FakeCluster) -> None:
+    """Links open when they are needed: those to the followers may have ended long ago, by restarts or by faults."""
+    first, second, third = cluster.nodes
+    kv = await quick(cluster.endpoints, silence_s=8.0)
+    async with kv:
+        await kv.put(b"a", b"1")
+        for node in (second, third):
+            await until(lambda node=node: kv._pool._links[node.address].state is LinkState.READY)
+            await node.stop()
+            await until(lambda node=node: kv._pool._links[node.address].state is LinkState.IDLE)
+            await node.start()
         first.silent = True
         call = asyncio.ensure_future(kv.put(b"b", b"2", timeout=20))
         await until(lambda: len(first.writes) == 2)

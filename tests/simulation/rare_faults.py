@@ -1,0 +1,346 @@
+"""Faults that lay a hand where chance alone seldom does: inside a start, inside an install, between two readings of a
+clock, at two changes at once.
+
+Each exists because a rule matters only there (`docs/raft.md` lists them), and a run of a minute would hardly ever get
+there by itself. They are kinds of fault like all others (`faults.py`), chosen by the seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from kvstore import codec
+from kvstore.errors import KvError
+
+if TYPE_CHECKING:
+    from tests.simulation.machine import Machine
+    from tests.simulation.world import World
+
+RARE_FAULTS: dict[str, float] = {
+    "echo": 1,
+    "late request": 2,
+    "stall": 2,
+    "stop in its start": 1,
+    "stop in an install": 1,
+    "flip in a snapshot": 1,
+    "hasty removal": 1,
+    "rivals": 1,
+    "needless snapshot": 1,
+    "lonely leader": 3,
+    "deposed and back": 2,
+}
+# Old requests of clients that may come again.
+KEPT_REQUESTS = 16
+# Longer than the others wait for a leader, shorter than this one waits for a quorum and an election.
+MAROONED_S = 1.3
+# How often somebody tries to make a deposed leader the leader again, and how many times.
+CALL_BACK_S, CALL_BACKS_MAX = 0.03, 40
+# What a node heard last.
+KEPT_HEARD = 40
+# An install is eight operations on files; a start is some twenty, and those of a first one are more.
+INSTALL_OPERATIONS, START_OPERATIONS = 10, 40
+# Of so many readings of its clock, which are those of a few busy seconds, a process stalls at this share, for so long:
+# the engine takes commands for 0.1 s of its clock in one tick.
+STALL_READINGS, STALL_SHARE, STALL_S = 400, 0.02, 0.15
+
+
+class RareFaults:
+    """The part of `Nemesis` that they are; what they need of it stands first."""
+
+    world: World
+    chance: Random
+    kinds: list[str]
+    _task: asyncio.Task[None] | None
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        raise NotImplementedError
+
+    def _victim(self) -> Machine | None:
+        raise NotImplementedError
+
+    def _some_time_s(self) -> float:
+        raise NotImplementedError
+
+    def _boot(self, machine: Machine) -> None:
+        raise NotImplementedError
+
+    def _stop_soon(self, victim: Machine, operations_max: int) -> None:
+        raise NotImplementedError
+
+    def _again(self, sender: str, receiver: str, body: bytes) -> None:
+        raise NotImplementedError
+
+    def _may_break(self, victim: Machine) -> bool:
+        raise NotImplementedError
+
+    def _replaced(self, victim: Machine) -> None:
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        self._echoes_until_s = 0.0
+        self._requests: list[codec.Write] = []
+        self._flips_due = 0
+        self._stops_due: dict[str, int] = {}  # machine -> after how many operations its next start stops
+        self._ghosts = 0
+        self._heard: dict[str, deque[tuple[str, bytes]]] = {}
+
+    def booted_rare(self, machine: Machine) -> None:
+        """A process is up: listen where a fault of this run needs it."""
+        if "echo" in self.kinds or "deposed and back" in self.kinds:
+            self._listen_for_messages(machine)
+        if "late request" in self.kinds or "deposed and back" in self.kinds:
+            self._listen_for_requests(machine)
+        if "flip in a snapshot" in self.kinds:
+            self._listen_for_snapshots(machine)
+
+    # --- again --------------------------------------------------------------------------------------------------------
+
+    def _echo(self) -> None:
+        """For a while, messages between nodes arrive twice, one shortly after the other."""
+        self._echoes_until_s = self.world.time.now_s + 2.0 * self._some_time_s()
+        self._tell("messages arrive twice", until_s=f"{self._echoes_until_s:.2f}")
+
+    def _listen_for_messages(self, machine: Machine) -> None:
+        assert machine.node is not None
+        raft: Any = machine.node.raft
+        received, world, name = raft.received, self.world, machine.name
+        heard = self._heard[name] = deque(maxlen=KEPT_HEARD)
+
+        def hearing(sender: str, body: bytes) -> None:
+            received(sender, body)
+            heard.append((sender, body))
+            if world.time.now_s < self._echoes_until_s and self.chance.random() < 0.5:
+                world.later(0.003 * self.chance.random(), self._again, sender, name, body)
+
+        raft.received = hearing
+
+    def _late_request(self) -> bool:
+        """A copy of a mutation that some node was sent before comes to the leader now; nobody waits for its answer."""
+        leader = self.world.leader()
+        if leader is None or leader.process is None or leader.node is None or not self._requests:
+            return False
+        frame = self.chance.choice(self._requests)
+        self._tell("an old request comes again", name=leader.name, session=frame.session, seq=frame.seq)
+        leader.process.run(leader.node.handle, frame, lambda _answer: None)
+        return True
+
+    def _listen_for_requests(self, machine: Machine) -> None:
+        assert machine.node is not None
+        door: Any = machine.node.door
+        if door is None:
+            return
+        handle, kept = door.handle, self._requests
+
+        def handling(frame: codec.ClientFrame, *rest: Any) -> None:
+            if type(frame) is codec.Write and frame.session:
+                kept.append(frame)
+                if len(kept) > KEPT_REQUESTS:
+                    del kept[self.chance.randrange(KEPT_REQUESTS)]
+            handle(frame, *rest)
+
+        door.handle = handling
+
+    # --- a leader that is deposed -------------------------------------------------------------------------------------
+
+    def _lonely_leader(self) -> bool:
+        """The leader is cut off from all other nodes, or all but one, but not from clients: what it takes meanwhile
+        nobody may ever have."""
+        leader = self.world.leader()
+        if leader is None:
+            return False
+        self._maroon(leader, self._some_time_s())
+        return True
+
+    def _maroon(self, leader: Machine, for_s: float) -> None:
+        world = self.world
+        others = [name for name in world.machines if name != leader.name]
+        company = self.chance.sample(others, 1 if len(others) > 2 and self.chance.random() < 0.7 else 0)
+        here = [leader.name, *company]
+        pairs = [(one, other) for one in here for other in others if other not in company]
+        self._tell("the leader is cut off from nodes", name=leader.name, company=company)
+        for one, other in pairs:
+            world.network.cut(one, other)
+
+        def heal() -> None:
+            self._tell("the leader is back", name=leader.name)
+            for one, other in pairs:
+                world.network.uncut(one, other)
+
+        world.later(for_s, heal)
+
+    def _deposed_and_back(self) -> bool:
+        """A leader that is cut off with one other takes many requests, is deposed, comes back, and is made the leader
+        again at once; and then it hears again what it was answered in its first time."""
+        world, leader = self.world, self.world.leader()
+        if leader is None or leader.process is None or leader.node is None or len(world.machines) < 4:
+            return False
+        self._maroon(leader, MAROONED_S)
+        node, process = leader.node, leader.process
+        for frame in self._requests:
+            # One after the other: many entries, not one large one.
+            world.later(0.3 * self.chance.random(), process.run, node.handle, frame, lambda _answer: None)
+        name, old = leader.name, []
+
+        def collect() -> None:
+            old.extend((sender, body) for sender, body in self._heard.get(name, ()))
+
+        def call_back(tries: int) -> None:
+            successor = world.leader()
+            if successor is leader or tries == 0 or world.is_over:
+                return
+            if successor is None or successor.process is None or successor.node is None or not leader.is_up:
+                world.later(CALL_BACK_S, call_back, tries - 1)
+                return
+            raft: Any = successor.node.raft
+            successor.process.run(raft.transfer, name, lambda _error: None)
+            world.later(CALL_BACK_S, call_back, tries - 1)
+
+        def again(machine: Machine) -> None:
+            if machine is leader:
+                for sender, body in old:
+                    world.later(0.0, self._again, sender, name, body)
+
+        world.later(MAROONED_S * 0.9, collect)
+        world.later(MAROONED_S, call_back, CALL_BACKS_MAX)
+        world.later(MAROONED_S, world.ambush, "leads", again)
+        self._tell("deposed, and called back", name=name)
+        return True
+
+    # --- in the middle of something -----------------------------------------------------------------------------------
+
+    def _stall(self) -> bool:
+        """For a while, the process stands still now and then between two readings of its clock, within a turn."""
+        victim = self._victim()
+        if victim is None:
+            return False
+        victim.clock.stalls(STALL_READINGS, STALL_SHARE, STALL_S)
+        self._tell("stalls now and then", name=victim.name, readings=STALL_READINGS)
+        return True
+
+    def _stop_in_its_start(self) -> bool:
+        """A node dies, and dies again while it starts."""
+        victim = self._victim()
+        if victim is None:
+            return False
+        self._stops_due[victim.name] = self.chance.randrange(START_OPERATIONS)
+        if self.chance.random() < 0.5:
+            victim.lose_power()
+        else:
+            victim.kill()
+        self.world.later(self._some_time_s(), self._boot, victim)
+        return True
+
+    def booting(self, machine: Machine) -> None:
+        """A process is about to start."""
+        operations = self._stops_due.pop(machine.name, None)
+        if operations is None and "stop in its start" in self.kinds and not machine.files.exists("/data/META"):
+            operations = self.chance.randrange(2 * START_OPERATIONS)  # a new machine's first start
+        if operations is None or self.world.is_over or self._task is None:
+            return
+        machine.stops_by_power_loss = self.chance.random() < 0.6
+        self._tell("will stop in a file operation of its start", name=machine.name, operations=operations)
+        machine.files.stop_after = machine.files.operation_count + operations
+        self.world.later(5.0, self._boot, machine)
+
+    def _stop_in_an_install(self) -> None:
+        """Whoever installs the next snapshot stops in the middle of it."""
+        self._tell("lies in ambush", moment="installing a snapshot", how="stop inside")
+        self.world.ambush("installing a snapshot", lambda machine: self._stop_soon(machine, INSTALL_OPERATIONS))
+
+    def _flip_in_a_snapshot(self) -> None:
+        """A bit of the next snapshot that is received rots before it is read back."""
+        self._flips_due += 1
+
+    def _listen_for_snapshots(self, machine: Machine) -> None:
+        assert machine.node is not None
+        receiver: Any = machine.node.raft._snapshots._receiver  # type: ignore[attr-defined]
+        verify = receiver._verify
+
+        def verifying(partial: Any) -> list[int]:
+            if self._flips_due:
+                self._flips_due -= 1
+                self._flip_received(machine, partial)
+            bad: list[int] = verify(partial)
+            return bad
+
+        receiver._verify = verifying
+
+    def _flip_received(self, machine: Machine, partial: Any) -> None:
+        sizes = [info.size_bytes for info in partial.offer.files]
+        number = self.chance.choices(range(len(sizes)), sizes)[0]
+        path, offset = f"{partial.path}/{partial.offer.files[number].name}", self.chance.randrange(sizes[number])
+        self._tell("a bit of a received snapshot flips", name=machine.name, path=path, offset=offset)
+        file = machine.files.open(path)
+        (byte,) = file.read_at(offset, 1)
+        file.write_at(offset, [bytes([byte ^ 1 << self.chance.randrange(8)])])
+        file.close()
+
+    # --- the operators ------------------------------------------------------------------------------------------------
+
+    def _hasty_removal(self) -> bool:
+        """A disk is lost, and somebody removes a member that lives, by mistake, before the lost one is replaced."""
+        world = self.world
+        victim = self._victim()
+        if victim is None or not self._may_break(victim):
+            return False
+        self._tell("the disk is lost", name=victim.name)
+        victim.kill()
+        victim.wipe()
+        world.later(1.0, self._remove_one_that_lives)
+        world.later(3.0 + self._some_time_s(), self._replaced, victim)
+        return True
+
+    def _remove_one_that_lives(self) -> None:
+        world = self.world
+        living = [machine for machine in world.machines.values() if machine.is_up and not machine.is_removed]
+        if living and not world.operator.is_busy and not world.is_over:
+            world.operator.begin("leave", self.chance.choice(living).name)
+
+    def _rivals(self) -> bool:
+        """Two people change the configuration at the same time: each adds a learner that there is no machine for, and
+        removes it again."""
+        if self.world.operator.client.revision == 0:
+            return False
+        self._ghosts += 2
+        names = [f"ghost{self._ghosts - 1}", f"ghost{self._ghosts}"]
+        self._tell("two change the configuration at once", names=names)
+        self.world.loop.create_task(self._haunt(names))
+        return True
+
+    async def _haunt(self, names: list[str]) -> None:
+        client, world = self.world.operator.client, self.world
+        await asyncio.gather(
+            *(
+                client.member_add(name, f"127.0.1.{number}:7410", f"127.0.1.{number}:7420", name, world.cluster_id)
+                for number, name in enumerate(names, 1)
+            ),
+            return_exceptions=True,
+        )
+        for name in names:
+            try:
+                await client.member_remove(name)
+            except KvError as error:
+                world.story.tell("operator", "ghost not removed", name=name, code=error.code)
+
+    def _needless_snapshot(self) -> bool:
+        """A leader takes a follower for one that needs a snapshot, though it needs none."""
+        leader = self.world.leader()
+        if leader is None or leader.process is None or leader.node is None:
+            return False
+        raft: Any = leader.node.raft
+        others = [member.name for member in raft.members if member.name != leader.name]
+        if not others:
+            return False
+        peer = self.chance.choice(others)
+        self._tell("takes a peer for one that needs a snapshot", name=leader.name, peer=peer)
+
+        def want() -> None:
+            if raft.is_leader:
+                raft._replicas.needs_snapshot(peer)
+                raft._wake()
+
+        leader.process.run(want)
+        return True

@@ -1,0 +1,121 @@
+"""A slice of the campaign with every `make test`: the same few seeds, on all cores, and the seeds that once failed.
+
+It holds that nothing is violated, that each thing which a campaign is made of really happened in it, and that a seed
+decides everything. What a thousand seeds find is for `make sim SEEDS=1000`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from tests.simulation.campaign import nodes_of
+from tests.simulation.faults import FAULTS
+from tests.simulation.outcome import Options
+from tests.simulation.report import ROWS
+
+ROOT = Path(__file__).parents[2]
+# Chosen for time: about a minute on two cores. Together they have every kind of fault.
+SLICE = [Options(seed=seed, nodes=nodes_of(seed)) for seed in range(1, 25)]
+# Five times what it takes on two idle cores; each run has a bound of its own besides.
+pytestmark = pytest.mark.timeout(300)
+
+
+class Regression(NamedTuple):
+    """A run that once ended in a violation. What a seed hits changes with the simulation, too: `found` says as of which
+    commit it was seen, `mended` which commit ended it."""
+
+    options: Options
+    what: str
+    found: str
+    mended: str
+
+
+REGRESSIONS: list[Regression] = []
+
+_CAMPAIGN = """
+import os, sys
+import msgspec
+from tests.simulation.campaign import campaign
+from tests.simulation.outcome import Options
+from tests.simulation.world import run
+
+todo = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Options])
+sys.stdout.buffer.write(campaign(run, todo, len(os.sched_getaffinity(0))).to_json())
+"""
+_ONE_AFTER_THE_OTHER = """
+import sys
+import msgspec
+from tests.simulation.outcome import Options
+from tests.simulation.world import run
+
+for options in msgspec.json.decode(sys.stdin.buffer.read(), type=list[Options]):
+    outcome = run(options)
+outcome.real_s = outcome.cpu_s = 0.0
+sys.stdout.buffer.write(msgspec.json.encode(outcome))
+"""
+
+
+def start(script: str, todo: list[Options]) -> subprocess.Popen[bytes]:
+    """A process of its own: the hash seed is settled when Python starts."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(todo))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def result_of(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    with process:
+        try:
+            out, _ = process.communicate()
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    result: dict[str, Any] = msgspec.json.decode(out)
+    return result
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return result_of(start(_CAMPAIGN, SLICE + [regression.options for regression in REGRESSIONS]))
+
+
+def test_nothing_is_violated(report: dict[str, Any]) -> None:
+    told = [
+        f"{found['rule']}: seed {found['options']['seed']}\n{found['violation']}\n{found['story']}"
+        for found in report["violations"]
+    ]
+    assert not told, "\n\n".join(told)
+    assert report["total"]["runs"] == len(SLICE) + len(REGRESSIONS)
+
+
+def test_everything_that_a_campaign_is_made_of_happened(report: dict[str, Any]) -> None:
+    missing = [called for name, called in ROWS if not report["total"][name]]
+    assert missing == []
+    assert set(report["total"]["faults"]) == set(FAULTS)
+    each = {floor["what"]: floor for floor in report["floors"] if "each seed" in floor["what"]}
+    assert len(each) == 3
+    assert all(floor["value"] >= floor["least"] for floor in each.values()), each
+
+
+def test_a_seed_decides_everything() -> None:
+    """Two processes tell the same story, though one of them has run other seeds before."""
+    one, warm_up = Options(seed=2, nodes=5, duration_s=25.0), Options(seed=1, nodes=3, duration_s=5.0)
+    alone, after_others = start(_ONE_AFTER_THE_OTHER, [one]), start(_ONE_AFTER_THE_OTHER, [warm_up, one])
+    first, second = result_of(alone), result_of(after_others)
+    assert first["counts"]["faults"]
+    assert first == second
