@@ -139,7 +139,7 @@ class Guard:
         self.was_member = False
         self.dropped: Counter[str] = Counter()
         self._acked: dict[str, int] = {}  # highest index that each peer has acknowledged in this term
-        self._refused: dict[str, int] = {}  # the index that each peer's last refusal named, until it acknowledges
+        self._refused: dict[str, int] = {}  # the lowest index that a peer's refusals named, until it acknowledges
         self._leader_of: tuple[int, str] = (0, "")
         self._handlers: dict[type, Callable[..., list[Action]]] = {
             AppendEntries: self._append_entries,
@@ -261,9 +261,11 @@ class Guard:
             return self._drop("malformed")
         if not m.success:
             # What a peer acknowledged it holds; and it is told once where to go on: on one connection, whatever it
-            # refuses until it acknowledges again was sent before the answer to its first refusal.
+            # refuses until it acknowledges again was sent before the answer to its first refusal. Only a lower place
+            # is news: of several appends that were on their way, the first was refused for a conflict, and those
+            # behind it for the gap before them.
             next_index = max(m.next_index, engine.match_index(peer) + 1)
-            if self._refused.get(peer) == next_index:
+            if self._refused.get(peer, next_index + 1) <= next_index:
                 return [DeliverAck(peer, engine.match_index(peer) + 1, True)]
             self._refused[peer] = next_index
             return [DeliverAck(peer, next_index, False)]

@@ -134,10 +134,6 @@ class Operator:
         except KvError as error:
             self._world.story.tell("operator", f"{what}: refused", name=name, code=error.code)
 
-    async def members(self) -> dict[str, str]:
-        """Names of the present members -> their node ids."""
-        return {member.name: member.node_id for member in (await self.client.status()).members}
-
     async def compact(self, revision: int) -> None:
         """Forget history below a revision. Refused where it is forgotten already."""
         await self._quietly(self.client.compact(revision))
@@ -148,11 +144,13 @@ class Operator:
     async def leave(self, name: str) -> None:
         """Remove a member, handing leadership over first where it leads. Its machine is retired."""
         while True:
-            if name not in await self.members():
-                break
+            # What a node's status says may be old; the leader knows.
             try:
                 await self.client.member_remove(name)
+                break
             except KvError as error:
+                if error.code == "member_unknown":
+                    break
                 self._world.story.tell("operator", "not removed", name=name, code=error.code)
                 if error.code == "cannot_remove_leader":
                     await self._quietly(self.client.transfer_leader(""))
@@ -168,6 +166,8 @@ class Operator:
         """Take the machine of this name in as a voter; it is booted where it is down."""
         world = self._world
         machine = world.machines[name]
+        # A learner may stay one for a while.
+        dawdles_until_s = world.time.now_s + (0.0 if world.is_over else self._chance.choice([0.0, 3.0]))
         while True:
             status = await self.client.status()
             if not machine.is_up:
@@ -186,7 +186,7 @@ class Operator:
                     )
                 elif member.voter:
                     return
-                elif node.status().applied_index >= status.commit_index:
+                elif node.status().applied_index >= status.commit_index and world.time.now_s >= dawdles_until_s:
                     await self.client.member_promote(name)
             except KvError as error:
                 world.story.tell("operator", "not yet", name=name, code=error.code)

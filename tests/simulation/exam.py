@@ -36,7 +36,7 @@ async def examine(world: World, chance: Random) -> None:
     others = [name for name in world.machines if name != leader.name]
     if not others:
         return
-    if chance.random() < 0.5:
+    if chance.random() < 0.5 or len(others) < 2:  # without one of two nobody can write
         await _hand_over_to_each(world, others)
     else:
         await _hand_over_to_a_sleeper(world, leader, chance.choice(others))
@@ -52,12 +52,18 @@ async def _calm(world: World) -> Machine:
         term = leader.node.raft.term if leader is not None and leader.node is not None else 0
         if leader is None or (leader.name, term) != last:
             since_s, last = world.time.now_s, (leader.name, term) if leader is not None else None
-        return leader is not None and world.time.now_s - since_s >= CALM_S
+        return leader is not None and world.time.now_s - since_s >= CALM_S and _all_connected(world)
 
     await world.wait(calm, CALM_WITHIN_S, "one leader stays")
     leader = world.leader()
     assert leader is not None
     return leader
+
+
+def _all_connected(world: World) -> bool:
+    names = set(world.machines)
+    nodes = [machine.node for machine in world.machines.values()]
+    return all(node is not None and names <= node.raft.alive() for node in nodes)  # type: ignore[attr-defined]
 
 
 async def _hand_over_to_each(world: World, names: list[str]) -> None:
@@ -79,6 +85,11 @@ async def _hand_over_to_each(world: World, names: list[str]) -> None:
 
 
 async def _hand_over(world: World, name: str) -> None:
+    def hears_all() -> bool:
+        leader = world.leader()
+        return leader is not None and leader.node is not None and leader.node.raft.alive() >= set(world.machines)
+
+    await world.wait(hears_all, CALM_WITHIN_S, "the leader is connected with all members")
     try:
         await world.operator.client.transfer_leader(name, timeout=TAKEN_OVER_S)
     except KvError as error:

@@ -86,6 +86,7 @@ class Nemesis(RareFaults):
         await asyncio.wait((self._task,))
         self._task.result()
         world = self.world
+        self._flips_due = 0
         world.clear_ambushes()
         world.network.heal()
         for machine in world.machines.values():

@@ -36,6 +36,8 @@ DRIFT_MAX = 0.005
 # What a hop to a thread and back takes, as the design measured it beside a busy loop; drawn anew each time.
 THREAD_MIN_S, THREAD_MAX_S = 0.0002, 0.010
 DATA_DIR = "/data"
+# Batches after which the storage flushes by itself: seldom, as RocksDB does, but in each run.
+OWN_FLUSH_SHARE = 0.005
 
 
 class MachineClock:
@@ -72,6 +74,22 @@ class MachineClock:
         return delay_s / self._rate
 
 
+class _Handle:
+    """Something that a process will do. May be cancelled until it is done, also while its machine is blocked."""
+
+    __slots__ = ("args", "callback", "timer")
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.callback: Callable[..., object] | None = callback
+        self.args = args
+        self.timer: Any = None
+
+    def cancel(self) -> None:
+        self.callback = None
+        if self.timer is not None:
+            self.timer.cancel()
+
+
 class Process:
     """One life of a node; its scheduler, its loop and its environment."""
 
@@ -87,13 +105,27 @@ class Process:
 
     # --- env.Scheduler ------------------------------------------------------------------------------------------------
 
-    def call_soon(self, callback: Callable[..., object], *args: Any) -> Any:
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> _Handle:
         lag_s = self.machine.ready_at_s - self._time.now_s
-        return self._time.call_later(lag_s if lag_s > 0.0 else 0.0, self.run, callback, *args)
+        return self._call_later(lag_s if lag_s > 0.0 else 0.0, callback, args)
 
-    def call_later(self, delay_s: float, callback: Callable[..., object], *args: Any) -> Any:
-        lag_s = max(0.0, self.machine.ready_at_s - self._time.now_s)
-        return self._time.call_later(lag_s + self._clock.elapse_s(delay_s), self.run, callback, *args)
+    def call_later(self, delay_s: float, callback: Callable[..., object], *args: Any) -> _Handle:
+        lag_s = self.machine.ready_at_s - self._time.now_s
+        return self._call_later((lag_s if lag_s > 0.0 else 0.0) + self._clock.elapse_s(delay_s), callback, args)
+
+    def _call_later(self, delay_s: float, callback: Callable[..., object], args: tuple[Any, ...]) -> _Handle:
+        handle = _Handle(callback, args)
+        handle.timer = self._time.call_later(delay_s, self._due, handle)
+        return handle
+
+    def _due(self, handle: _Handle) -> None:
+        machine, callback = self.machine, handle.callback
+        if callback is None or not self.is_alive:
+            return
+        if machine.ready_at_s > self._time.now_s:
+            handle.timer = self._time.call_at(machine.ready_at_s, self._due, handle)
+        else:
+            self.enter(callback, *handle.args)
 
     def run_in_thread(self, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
         """The work is done at once, so a sync covers what was written before it; what it makes durable is so, and
@@ -123,14 +155,8 @@ class Process:
     # --- its code -----------------------------------------------------------------------------------------------------
 
     def run(self, callback: Callable[..., object], *args: Any) -> None:
-        """Enter this process's code."""
-        machine = self.machine
-        if not self.is_alive:
-            return
-        if machine.ready_at_s > self._time.now_s:
-            self._time.call_later(machine.ready_at_s - self._time.now_s, self.run, callback, *args)
-            return
-        self.enter(callback, *args)
+        """Enter this process's code, once its machine runs."""
+        self._due(_Handle(callback, args))
 
     def enter(self, callback: Callable[..., object], *args: Any) -> None:
         machine = self.machine
@@ -176,14 +202,17 @@ class StoryLog:
 
 
 class _Storage(FileStorage):
-    """Its machine may be slow at applying."""
+    """Its machine may be slow at applying; and, as RocksDB does, it may flush by itself after any batch."""
 
     machine: Machine
 
     def write(self, batch: Any) -> None:
         super().write(batch)
-        if self.machine.apply_takes_s:
-            self.machine.block(self.machine.apply_takes_s)
+        machine = self.machine
+        if machine.apply_takes_s:
+            machine.block(machine.apply_takes_s)
+        if machine.chance.random() < OWN_FLUSH_SHARE and machine.may_flush:
+            self.flush()
 
 
 class Machine:
@@ -223,6 +252,14 @@ class Machine:
     @property
     def endpoint(self) -> Member:
         return Member(self.name, self.peer_address, self.client_address, "", voter=True)
+
+    @property
+    def may_flush(self) -> bool:
+        """Nothing else flushes now."""
+        if self.node is None:
+            return False
+        raft: Any = self.node.raft
+        return not raft._flush.running and not raft._snapshots.taking
 
     def block(self, seconds: float) -> None:
         """Nothing of this machine's code runs for so long; called by a fault, or from inside by a slow fsync."""

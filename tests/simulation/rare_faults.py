@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Raw
+
 from kvstore import codec
 from kvstore.errors import KvError
+from kvstore.model import Member, Range, RangeResult
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine
@@ -30,14 +34,21 @@ RARE_FAULTS: dict[str, float] = {
     "rivals": 1,
     "needless snapshot": 1,
     "lonely leader": 3,
+    "burst of reads": 2,
     "deposed and back": 2,
 }
 # Old requests of clients that may come again.
 KEPT_REQUESTS = 16
+# Time for an election or two, in which messages overtake those of other links.
+ECHOES_S, ECHO_JITTER_S = 3.0, 0.3
 # Longer than the others wait for a leader, shorter than this one waits for a quorum and an election.
 MAROONED_S = 1.3
+# A sync that runs in a thread, and how long disks stay slow after such a leader is back.
+SLOW_SYNC_S, SLOW_AFTER_S = 0.2, 2.0
 # How often somebody tries to make a deposed leader the leader again, and how many times.
 CALL_BACK_S, CALL_BACKS_MAX = 0.03, 40
+# Some hundred a second at each node, against writes of all clients.
+BURST_READS, BURST_S = 600, 1.0
 # What a node heard last.
 KEPT_HEARD = 40
 # An install is eight operations on files; a start is some twenty, and those of a first one are more.
@@ -85,13 +96,14 @@ class RareFaults:
         self._flips_due = 0
         self._stops_due: dict[str, int] = {}  # machine -> after how many operations its next start stops
         self._ghosts = 0
+        self._revision_read = 0  # the newest that a read of a burst has shown
         self._heard: dict[str, deque[tuple[str, bytes]]] = {}
 
     def booted_rare(self, machine: Machine) -> None:
         """A process is up: listen where a fault of this run needs it."""
         if "echo" in self.kinds or "deposed and back" in self.kinds:
             self._listen_for_messages(machine)
-        if "late request" in self.kinds or "deposed and back" in self.kinds:
+        if {"late request", "deposed and back", "lonely leader"} & set(self.kinds):
             self._listen_for_requests(machine)
         if "flip in a snapshot" in self.kinds:
             self._listen_for_snapshots(machine)
@@ -99,9 +111,20 @@ class RareFaults:
     # --- again --------------------------------------------------------------------------------------------------------
 
     def _echo(self) -> None:
-        """For a while, messages between nodes arrive twice, one shortly after the other."""
-        self._echoes_until_s = self.world.time.now_s + 2.0 * self._some_time_s()
-        self._tell("messages arrive twice", until_s=f"{self._echoes_until_s:.2f}")
+        """For a while, messages between nodes take more or less long and arrive twice, one shortly after the other; the
+        leader is cut off, so that the others elect another meanwhile."""
+        world, until_s = self.world, self.world.time.now_s + ECHOES_S
+        self._echoes_until_s = until_s
+        self._tell("messages arrive twice", until_s=f"{until_s:.2f}")
+        names = list(world.machines)
+        for here in names:
+            for there in names:
+                if here != there:
+                    world.network.set_link(here, there, jitter_s=ECHO_JITTER_S)
+                    world.later(ECHOES_S, world.network.clear_link, here, there)
+        leader = world.leader()
+        if leader is not None:
+            self._maroon(leader, ECHOES_S, 0)
 
     def _listen_for_messages(self, machine: Machine) -> None:
         assert machine.node is not None
@@ -118,7 +141,8 @@ class RareFaults:
         raft.received = hearing
 
     def _late_request(self) -> bool:
-        """A copy of a mutation that some node was sent before comes to the leader now; nobody waits for its answer."""
+        """A copy of a mutation that was in the log before, or may have been, comes to the leader now; nobody waits for
+        its answer. (One that was refused for good must not come again: its client knows that it has no effect.)"""
         leader = self.world.leader()
         if leader is None or leader.process is None or leader.node is None or not self._requests:
             return False
@@ -134,12 +158,19 @@ class RareFaults:
             return
         handle, kept = door.handle, self._requests
 
-        def handling(frame: codec.ClientFrame, *rest: Any) -> None:
+        def handling(frame: codec.ClientFrame, reply: Callable[[codec.ServerFrame], None], *rest: Any) -> None:
+            def answered(answer: codec.ServerFrame) -> None:
+                reply(answer)
+                if isinstance(answer, codec.Answer) or getattr(answer, "code", "") == "outcome_unknown":
+                    kept.append(write)
+                    if len(kept) > KEPT_REQUESTS:
+                        del kept[self.chance.randrange(KEPT_REQUESTS)]
+
             if type(frame) is codec.Write and frame.session:
-                kept.append(frame)
-                if len(kept) > KEPT_REQUESTS:
-                    del kept[self.chance.randrange(KEPT_REQUESTS)]
-            handle(frame, *rest)
+                write = frame
+                handle(frame, answered, *rest)
+            else:
+                handle(frame, reply, *rest)
 
         door.handle = handling
 
@@ -151,25 +182,60 @@ class RareFaults:
         leader = self.world.leader()
         if leader is None:
             return False
-        self._maroon(leader, self._some_time_s())
+        self._maroon(leader, self._some_time_s(), self.chance.choice([0, 1, 1]))
         return True
 
-    def _maroon(self, leader: Machine, for_s: float) -> None:
+    def _maroon(self, leader: Machine, for_s: float, with_it: int) -> None:
         world = self.world
         others = [name for name in world.machines if name != leader.name]
-        company = self.chance.sample(others, 1 if len(others) > 2 and self.chance.random() < 0.7 else 0)
+        company = self.chance.sample(others, with_it if len(others) > 2 else 0)
         here = [leader.name, *company]
         pairs = [(one, other) for one in here for other in others if other not in company]
         self._tell("the leader is cut off from nodes", name=leader.name, company=company)
         for one, other in pairs:
             world.network.cut(one, other)
 
+        marooned = [world.machines[name] for name in here]
+        restart = self.chance.random() < 0.4
+        slow = self.chance.random() < 0.4
+        if self.chance.random() < 0.5 and leader.process is not None and leader.node is not None:
+            # A change of the configuration that is in its log alone.
+            self._ghosts += 1
+            ghost = Member(f"ghost{self._ghosts}", "127.0.1.9:7410", "127.0.1.9:7420", f"{self._ghosts}", voter=False)
+            leader.process.run(leader.node.raft.add_learner, ghost, lambda _error: None)
+        if self.chance.random() < 0.5:
+            self._propose_many(leader)
+        for machine in marooned if slow else []:
+            machine.files.sync_takes = lambda: SLOW_SYNC_S * self.chance.random()
+
         def heal() -> None:
             self._tell("the leader is back", name=leader.name)
             for one, other in pairs:
                 world.network.uncut(one, other)
+            for machine in marooned if restart else []:
+                # It forgets what it knew to be committed.
+                if machine.is_up and not world.is_over:
+                    machine.kill()
+                    world.later(0.05, self._boot, machine)
+
+        def fast() -> None:
+            for machine in marooned:
+                machine.files.sync_takes = None
 
         world.later(for_s, heal)
+        if slow:
+            world.later(for_s + SLOW_AFTER_S, fast)
+
+    def _propose_many(self, leader: Machine) -> None:
+        """Entries one by one, more than the batcher would have under way, each a copy of a request that came before."""
+        process, node = leader.process, leader.node
+        if process is None or node is None:
+            return
+        raft: Any = node.raft
+        for frame in self._requests:
+            item = codec.RawBatchItem(frame.session, frame.seq, frame.acked_below, frame.request)
+            entry = codec.encode_batch(0, [item])  # log time stays as it is
+            self.world.later(0.3 * self.chance.random(), process.run, raft.propose, entry, lambda _result, _error: None)
 
     def _deposed_and_back(self) -> bool:
         """A leader that is cut off with one other takes many requests, is deposed, comes back, and is made the leader
@@ -177,11 +243,8 @@ class RareFaults:
         world, leader = self.world, self.world.leader()
         if leader is None or leader.process is None or leader.node is None or len(world.machines) < 4:
             return False
-        self._maroon(leader, MAROONED_S)
-        node, process = leader.node, leader.process
-        for frame in self._requests:
-            # One after the other: many entries, not one large one.
-            world.later(0.3 * self.chance.random(), process.run, node.handle, frame, lambda _answer: None)
+        self._maroon(leader, MAROONED_S, 1)
+        self._propose_many(leader)
         name, old = leader.name, []
 
         def collect() -> None:
@@ -208,6 +271,37 @@ class RareFaults:
         world.later(MAROONED_S, world.ambush, "leads", again)
         self._tell("deposed, and called back", name=name)
         return True
+
+    # --- many reads ---------------------------------------------------------------------------------------------------
+
+    def _burst_of_reads(self) -> None:
+        """For a moment, linearizable reads at every node, many of them at a time: one that begins when another has
+        ended must not see an older revision."""
+        self._tell("many reads")
+        for _ in range(BURST_READS):
+            self.world.later(BURST_S * self.chance.random(), self._read_somewhere)
+
+    def _read_somewhere(self) -> None:
+        world = self.world
+        up = [
+            machine for machine in world.machines.values() if machine.process is not None and machine.node is not None
+        ]
+        if not up:
+            return
+        machine, least = self.chance.choice(up), self._revision_read
+        assert machine.process is not None
+        assert machine.node is not None
+
+        def answered(answer: codec.ServerFrame) -> None:
+            result = codec.decode_result(answer.result) if isinstance(answer, codec.Answer) else None
+            if isinstance(result, RangeResult):
+                if result.revision < least:
+                    message = f"a read at {machine.name} gave revision {result.revision}, and began after one had given"
+                    world.violation("linearizable reads", f"{message} {least}")
+                self._revision_read = max(self._revision_read, result.revision)
+
+        frame = codec.Read(0, codec.ReadLevel.LINEARIZABLE, 0, Raw(codec.encode_request(Range(b"probe"))))
+        machine.process.run(machine.node.handle, frame, answered)
 
     # --- in the middle of something -----------------------------------------------------------------------------------
 
@@ -237,7 +331,7 @@ class RareFaults:
         """A process is about to start."""
         operations = self._stops_due.pop(machine.name, None)
         if operations is None and "stop in its start" in self.kinds and not machine.files.exists("/data/META"):
-            operations = self.chance.randrange(2 * START_OPERATIONS)  # a new machine's first start
+            operations = self.chance.randrange(START_OPERATIONS)  # a new machine's first start
         if operations is None or self.world.is_over or self._task is None:
             return
         machine.stops_by_power_loss = self.chance.random() < 0.6
@@ -289,6 +383,9 @@ class RareFaults:
         self._tell("the disk is lost", name=victim.name)
         victim.kill()
         victim.wipe()
+        victim.expected_failures.add("node_identity_changed")
+        if self.chance.random() < 0.5:
+            victim.boot()
         world.later(1.0, self._remove_one_that_lives)
         world.later(3.0 + self._some_time_s(), self._replaced, victim)
         return True

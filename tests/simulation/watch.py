@@ -130,7 +130,8 @@ class Watch:
         if applied and wal.term_at(applied) != term:
             message = f"the state of {self.name} ends with entry {applied} of term {term}; its log has"
             raise Broken("state machine safety", f"{message} {wal.term_at(applied)} there", applied)
-        self.ledger.check_follower_commit(self.name, self.raft.committed, wal.term_at(self.raft.committed))
+        if committed_at_start := self.raft.committed:  # 0: a sole voter whose disk holds nothing yet
+            self.ledger.check_follower_commit(self.name, committed_at_start, wal.term_at(committed_at_start))
 
     def _may_miss(self, index: int, term: int) -> bool:
         """An entry that the state covers, or that conflicts with what is committed, need not be in the log any more."""
@@ -193,6 +194,9 @@ class Watch:
             # One that joins begins with the cluster's present configuration, and then hears of how it came about.
             has_joined = bool(self.changes or self.raft.machine.members)
             before, after = self.configuration(), Configuration.decode(payload[1:])
+            if self.core._SyncObj__raftState == _LEADER and not after.is_voter(self.name):
+                message = f"{self.name} leads, and makes configuration {index} without itself"
+                raise Broken("configuration", message, index)
             self.changes.append((index, after))
             self.members_seen = None
             if has_joined or self.core._SyncObj__raftState == _LEADER:
@@ -318,13 +322,14 @@ class Watch:
     def commit_moved(self) -> None:
         """What this node takes for committed may have changed."""
         commit = self.raft.committed
-        if commit == self.commit:
-            return
+        if commit in (self.commit, 0):
+            return  # 0: a sole voter whose disk holds nothing yet
         if commit < self.commit:
             raise Broken("commit safety", f"{self.name} takes back its commit from {self.commit} to {commit}", commit)
         self.commit = commit
         ledger, term = self.ledger, self.wal.term_at(commit)
-        if commit > ledger.commit and self.core._SyncObj__raftState == _LEADER:
+        # It may have stepped down in the same step, after it committed.
+        if commit > ledger.commit and self.led_term == self.core._SyncObj__raftCurrentTerm:
             self._check_quorum(commit, term)
             ledger.commits(self.entries, commit)
             self.checks.committed(self, commit)

@@ -133,6 +133,8 @@ class World:
         self.counts = Counts(runs=1)
         self.found: Violation | None = None
         self.cluster_id = "simulated"
+        # Some runs have patient clients: a session may expire while a call that began in it is still tried.
+        self.call_timeout_s = chance.choice([CALL_TIMEOUT_S, 4.0 * CALL_TIMEOUT_S])
         self.is_over = False  # clients and faults stop
         self.machines: dict[str, Machine] = {}
         self.retired: list[Machine] = []
@@ -188,7 +190,7 @@ class World:
             self.history,
             Random(self.chance.getrandbits(64)),
             int(self.options.duration_s * STEPS_PER_S),
-            timeout_s=CALL_TIMEOUT_S,
+            timeout_s=self.call_timeout_s,
         )
         for workload in self.workloads:
             await workload.set_up(self.operator.client)
@@ -222,14 +224,19 @@ class World:
         """Bring every member back, replace what is lost, and demand progress."""
         began_s = self.time.now_s
         await self.wait(lambda: not self.operator.is_busy, REPAIR_S, "the operator ends")
-        for machine in list(self.machines.values()):
-            if machine.is_removed:
-                self.retire(machine.name)
+        removed = [machine for machine in self.machines.values() if machine.is_removed]
         self._revive_all()
         broken = [machine for machine in self.machines.values() if machine.is_broken]
         self.story.tell("world", "repair", broken=[machine.name for machine in broken])
         if len(broken) < len(self.machines):
             await self.wait(self._revived_leader, PROGRESS_S, "a leader once everything is healed")
+            await self.wait(
+                lambda: not any(map(_knows_no_better, removed)),
+                PROGRESS_S,
+                f"{' '.join(machine.name for machine in removed)} hear that they were removed",
+            )
+        for machine in removed:
+            self.retire(machine.name)
         while True:
             if self.time.now_s > began_s + REPAIR_S:
                 self.violation("liveness", f"the cluster is not whole {REPAIR_S:.0f} s after everything was healed")
@@ -320,7 +327,7 @@ class World:
         endpoints = [machine.client_address for machine in self.machines.values()]
         return Client(
             endpoints,
-            timeout_s=CALL_TIMEOUT_S,
+            timeout_s=self.call_timeout_s,
             connector=SimulatedConnector(self, host),
             chance=Random(self.chance.getrandbits(64)),
         )
@@ -400,6 +407,12 @@ class World:
         error = context.get("exception")
         if self.found is None and not isinstance(error, Violation):
             self.violation("client", f"in a client's task: {context}", error)
+
+
+def _knows_no_better(machine: Machine) -> bool:
+    """It runs, though it was removed, and was a member by all that it has applied."""
+    node = machine.node
+    return node is not None and node.raft.failure is None and machine.name in member_names(node.raft.members)
 
 
 def member_names(members: tuple[Member, ...]) -> list[str]:

@@ -358,6 +358,15 @@ def test_a_refusal_moves_the_next_index_back_once() -> None:
     assert pure.guard.receive("a", AppendReply(5, 3, False), NOW) == [DeliverAck("a", 3, False)]
 
 
+def test_a_refusal_of_what_follows_a_gap_does_not_lead_away_from_the_conflict() -> None:
+    """Several appends are on their way to a peer whose log conflicts. It refuses the first for the conflict, and the
+    others for the gap before them, naming the end of its log; to begin there would be refused for ever."""
+    pure = leading()
+    assert pure.guard.receive("a", AppendReply(5, 2, False), NOW) == [DeliverAck("a", 2, False)]
+    assert pure.guard.receive("a", AppendReply(5, 4, False), NOW) == [DeliverAck("a", 1, True)]
+    assert pure.guard.receive("a", AppendReply(5, 2, False), NOW) == [DeliverAck("a", 1, True)]
+
+
 def test_on_a_new_connection_a_refusal_counts_anew() -> None:
     pure = leading()
     pure.guard.receive("a", AppendReply(5, 3, False), NOW)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
 from kvstore.errors import StartupError
@@ -69,10 +71,8 @@ def test_a_state_that_a_start_relies_on_is_not_taken_back_by_a_power_loss() -> N
         new = directory.new()
         write(files, new, b"new")
         files.stop_after = files.operation_count + steps
-        try:
+        with suppress(Stopped):
             directory.switch(new)
-        except Stopped:
-            pass
         files.kill()
         relied_on = StateDirectory(files, "data/state").current()
         files.crash()

@@ -59,12 +59,12 @@ def whole_log_is_committed_at_start(patches: Patches) -> None:
 
 
 @mutant("S5c")
-def log_is_not_held_against_the_state(patches: Patches) -> None:
-    """A log that has an entry where the state ends is taken for the state's log, whatever the entry's term."""
+def log_is_left_behind_the_state(patches: Patches) -> None:
+    """A log that does not hold the entry at which the state ends is left as it is."""
     patches.rewrite(
         RaftNode,
         "_reconcile",
-        ("wal.term_at(applied) != self.machine.applied_term:", "wal.term_at(applied) is None:"),
+        ("if applied and wal.term_at(applied) != self.machine.applied_term:", "if False:"),
     )
 
 
