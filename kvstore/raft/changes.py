@@ -10,6 +10,7 @@ flight, so never succeeds under load (fault 19).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ from kvstore.raft.wal import Wal
 
 # A new voter that is far behind would hold up commits; this many entries are caught up with in under a second.
 PROMOTE_BEHIND_MAX = 1000
+# A target that has just installed a snapshot knows its leader by the next heartbeat only, and a connection may break;
+# it is told again after about a heartbeat. Told twice, it takes the second for stale.
+TELL_AGAIN_S = 0.1
 
 Done = Callable[[KvError | None], None]
 
@@ -42,13 +46,14 @@ class Leader(Protocol):
 
 
 class _HandOver:
-    __slots__ = ("deadline", "done", "sent", "target")
+    __slots__ = ("deadline", "done", "next_tell", "sent", "target")
 
     def __init__(self, target: str, deadline: float, done: Done) -> None:
         self.target = target
         self.deadline = deadline
         self.done = done
         self.sent = False
+        self.next_tell = -math.inf
 
 
 class Changes:
@@ -140,8 +145,11 @@ class Changes:
 
     @property
     def due(self) -> float | None:
-        """When a hand-over that is under way is given up."""
-        return self._hand_over.deadline if self._hand_over is not None else None
+        """When a hand-over that is under way is given up, or its target told again."""
+        hand_over = self._hand_over
+        if hand_over is None:
+            return None
+        return min(hand_over.deadline, hand_over.next_tell) if hand_over.sent else hand_over.deadline
 
     def transfer(self, name: str, deadline: float, done: Done) -> None:
         """Hand leadership to `name`, or to the voter that holds most where `name` is empty."""
@@ -165,8 +173,8 @@ class Changes:
             self._hand_over = None
             why = f"{hand_over.target} did not take over in time; leadership stays here"
             hand_over.done(Unavailable(why, code="transfer_failed"))
-        elif not hand_over.sent and self._leader.match_index(hand_over.target) == self._wal.last_index:
-            hand_over.sent = True
+        elif now >= hand_over.next_tell and self._leader.match_index(hand_over.target) == self._wal.last_index:
+            hand_over.sent, hand_over.next_tell = True, now + TELL_AGAIN_S
             self._send(hand_over.target, TimeoutNow(self._leader.term))
 
     def leadership_lost(self) -> None:

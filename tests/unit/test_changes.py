@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.errors import KvError, Refused, Unavailable
 from kvstore.model import Member
-from kvstore.raft.changes import PROMOTE_BEHIND_MAX, Changes
+from kvstore.raft.changes import PROMOTE_BEHIND_MAX, TELL_AGAIN_S, Changes
 from kvstore.raft.members import Configuration
 from kvstore.raft.messages import Message, TimeoutNow
 from kvstore.raft.wal import Wal
@@ -237,8 +237,11 @@ def test_the_target_is_told_once_it_holds_the_whole_log(bench: Bench) -> None:
     assert bench.leader.told == []
     bench.leader.matched["b"] = 3
     bench.changes.step(100.1)
-    bench.changes.step(100.2)
+    bench.changes.step(100.15)
     assert bench.leader.told == ["b"]
+    assert bench.changes.due == pytest.approx(100.1 + TELL_AGAIN_S)
+    bench.changes.step(100.25)  # it may not have known its leader yet
+    assert bench.leader.told == ["b", "b"]
     bench.changes.leadership_lost()
     assert answer.is_ok
     assert not bench.changes.handing_over
