@@ -40,8 +40,9 @@ RULES = {
     "deaf leader": "a leader that hears no majority for an election timeout leads no more",
 }
 _REQUEST_VOTE = 3  # the second byte of such a message
-# A turn takes its time once, at its begin; what it does may be judged by a clock that went on within it.
-_SLACK_S = 0.2
+# A turn takes its time once, at its begin; what it does is judged by a clock that went on within it, by three or four
+# stalls where there are some.
+_SLACK_S = 0.6
 
 
 class Conduct:

@@ -11,13 +11,14 @@ To add one: write the method, put its line into `FAULTS`, and say in `docs/testi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.rare_faults import RARE_FAULTS, RareFaults
 
 if TYPE_CHECKING:
+    from kvstore.model import Member
     from tests.simulation.machine import Machine
     from tests.simulation.world import World
 
@@ -141,21 +142,27 @@ class Nemesis(RareFaults):
             self._boot_later(machine, self._some_time_s())  # it died, or was stopped, in its start
 
     def _may_break(self, victim: Machine) -> bool:
-        """Whether the others could go on without this disk: they are known by their ids (as the cluster records them
-        soon after its first leader; without them nobody could tell an emptied disk from a full one), and enough of
-        them have theirs, also where a change of members is under way."""
-        leader = self.world.leader()
-        if leader is None or leader.node is None or self.world.operator.is_busy:
+        """Whether the others could go on without this disk: enough of them have theirs, by the newest committed
+        configuration and by every other that some node works with; and all are known by their ids, as the cluster
+        records them soon after its first leader. (Else nobody could tell an emptied disk from a full one.)"""
+        world = self.world
+        committed = world.checks.ledger.configuration
+        if committed is None or world.operator.is_busy:
             return False
-        machines = self.world.machines
-        voters = [member for member in leader.node.raft.members if member.voter]
-        whole = [
+        in_force = [machine.node.raft.members for machine in world.machines.values() if machine.node is not None]
+        return all(self._could_lose(victim, members) for members in (committed.members, *in_force))
+
+    def _could_lose(self, victim: Machine, members: Collection[Member]) -> bool:
+        world = self.world
+        voters = [member for member in members if member.voter]
+        left = [
             member
             for member in voters
-            if (machine := machines.get(member.name)) is not None and not machine.is_broken and not machine.is_rotten
+            if (machine := world.machines.get(member.name)) is not None
+            and not (machine is victim or machine.is_broken or machine.is_rotten or machine.is_removed)
+            and member.node_id == world.checks.newest_id(member.name) != ""
         ]
-        left = [member for member in whole if member.name != victim.name]
-        return all(member.node_id for member in voters) and 2 * len(left) > len(voters)
+        return 2 * len(left) > len(voters)
 
     # --- the network --------------------------------------------------------------------------------------------------
 

@@ -230,10 +230,12 @@ class World:
         self.story.tell("world", "repair", broken=[machine.name for machine in broken])
         if len(broken) < len(self.machines):
             await self.wait(self._revived_leader, PROGRESS_S, "a leader once everything is healed")
+            # Not those that were emptied: under their new ids they were no members.
+            told = [machine for machine in removed if not machine.is_broken]
             await self.wait(
-                lambda: not any(map(_knows_no_better, removed)),
+                lambda: not any(map(_knows_no_better, told)),
                 PROGRESS_S,
-                f"{' '.join(machine.name for machine in removed)} hear that they were removed",
+                f"{' '.join(machine.name for machine in told)} hear that they were removed",
             )
         for machine in removed:
             self.retire(machine.name)
