@@ -173,7 +173,10 @@ class Wal:
         self.term_position = self.position
 
     def reset(self, index: int, term: int) -> None:
-        """The log becomes the single entry (b"\\x01", index, term); what precedes it is in the snapshot."""
+        """The log becomes the single entry (b"\\x01", index, term); what precedes it is in the snapshot. A node that
+        holds an entry of a term has reached that term: it is recorded, without a vote, where it was not known yet."""
+        if term > self.term:
+            self.set_term(term, None)
         self._truncate(0)
         self._positions.append(self.position)
         self.entries.append((RESET_PAYLOAD, index, term))

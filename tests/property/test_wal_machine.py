@@ -99,6 +99,8 @@ class WalMachine(RuleBasedStateMachine):
     @rule(ahead=st.integers(1, 50), term=st.integers(1, 9))
     def reset(self, ahead: int, term: int) -> None:
         index = self.wal.last_index + ahead
+        if term > self.states[-1].term:  # it is recorded first, as a record of its own
+            self.states.append(self.states[-1]._replace(term=term, voted_for=None))
         self.wal.reset(index, term)
         self.states.append(self.states[-1]._replace(entries=((b"\x01", index, term),), dropped=0))
 

@@ -46,7 +46,7 @@ MAROONED_S = 1.3
 # A sync that runs in a thread, and how long disks stay slow after such a leader is back.
 SLOW_SYNC_S, SLOW_AFTER_S = 0.2, 2.0
 # How often somebody tries to make a deposed leader the leader again, and how many times.
-CALL_BACK_S, CALL_BACKS_MAX = 0.03, 40
+CALL_BACK_S, CALL_BACKS_MAX = 0.03, 120
 # Some hundred a second at each node, against writes of all clients.
 BURST_READS, BURST_S = 600, 1.0
 # What a node heard last.
@@ -204,7 +204,7 @@ class RareFaults:
             ghost = Member(f"ghost{self._ghosts}", "127.0.1.9:7410", "127.0.1.9:7420", f"{self._ghosts}", voter=False)
             leader.process.run(leader.node.raft.add_learner, ghost, lambda _error: None)
         if self.chance.random() < 0.5:
-            self._propose_many(leader)
+            self._propose_many(leader, 1)
         for machine in marooned if slow else []:
             machine.files.sync_takes = lambda: SLOW_SYNC_S * self.chance.random()
 
@@ -212,6 +212,7 @@ class RareFaults:
             self._tell("the leader is back", name=leader.name)
             for one, other in pairs:
                 world.network.uncut(one, other)
+                world.network.break_streams(one, other)  # else it takes seconds until they notice, and dial again
             for machine in marooned if restart else []:
                 # It forgets what it knew to be committed.
                 if machine.is_up and not world.is_over:
@@ -226,13 +227,13 @@ class RareFaults:
         if slow:
             world.later(for_s + SLOW_AFTER_S, fast)
 
-    def _propose_many(self, leader: Machine) -> None:
-        """Entries one by one, more than the batcher would have under way, each a copy of a request that came before."""
+    def _propose_many(self, leader: Machine, times: int) -> None:
+        """Entries one by one, more than the batcher would have under way, copies of requests that came before."""
         process, node = leader.process, leader.node
         if process is None or node is None:
             return
         raft: Any = node.raft
-        for frame in self._requests:
+        for frame in self._requests * times:
             item = codec.RawBatchItem(frame.session, frame.seq, frame.acked_below, frame.request)
             entry = codec.encode_batch(0, [item])  # log time stays as it is
             self.world.later(0.3 * self.chance.random(), process.run, raft.propose, entry, lambda _result, _error: None)
@@ -244,7 +245,7 @@ class RareFaults:
         if leader is None or leader.process is None or leader.node is None or len(world.machines) < 4:
             return False
         self._maroon(leader, MAROONED_S, 1)
-        self._propose_many(leader)
+        self._propose_many(leader, 4)
         name, old = leader.name, []
 
         def collect() -> None:
@@ -254,11 +255,9 @@ class RareFaults:
             successor = world.leader()
             if successor is leader or tries == 0 or world.is_over:
                 return
-            if successor is None or successor.process is None or successor.node is None or not leader.is_up:
-                world.later(CALL_BACK_S, call_back, tries - 1)
-                return
-            raft: Any = successor.node.raft
-            successor.process.run(raft.transfer, name, lambda _error: None)
+            raft: Any = successor.node.raft if successor is not None and successor.node is not None else None
+            if successor is not None and successor.process is not None and raft is not None and name in raft.alive():
+                successor.process.run(raft.transfer, name, lambda _error: None)
             world.later(CALL_BACK_S, call_back, tries - 1)
 
         def again(machine: Machine) -> None:

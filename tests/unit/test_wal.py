@@ -332,6 +332,18 @@ def test_reset_makes_a_log_of_one_entry() -> None:
     assert reopen(files, segment_bytes=600).entries == entries
 
 
+def test_a_reset_to_a_later_term_records_that_term_without_a_vote() -> None:
+    files = FaultyFiles()
+    wal = open_wal(files)
+    wal.set_term(3, "b")
+    wal.reset(10, 2)
+    assert (wal.term, wal.voted_for) == (3, "b")
+    wal.reset(20, 5)
+    wal.sync()
+    assert (wal.term, wal.voted_for) == (5, None)
+    assert reopen(files).term == 5
+
+
 def test_a_segment_that_was_not_finished_is_thrown_away() -> None:
     files = FaultyFiles()
     wal = open_wal(files)
