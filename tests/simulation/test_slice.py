@@ -37,7 +37,56 @@ class Regression(NamedTuple):
     mended: str
 
 
-REGRESSIONS: list[Regression] = []
+REGRESSIONS: list[Regression] = [
+    Regression(
+        Options(seed=10, nodes=3),
+        "a disk that fails while its node stops left the state machine open, and the stop raised",
+        "9895362",
+        "af30e16",
+    ),
+    Regression(
+        Options(seed=19, nodes=5),
+        "a node that was away while a member was replaced under its name refused that one, also as its leader",
+        "9895362",
+        "af30e16",
+    ),
+    Regression(
+        Options(seed=17, nodes=3),
+        "a leader elected before its log was replayed stamped entries with a wall clock that may be far ahead",
+        "9895362",
+        "af30e16",
+    ),
+    Regression(
+        Options(seed=34, nodes=3),
+        "a client's own probe counted as a sign of life of a dead node, where the stream's buffer was full",
+        "9895362",
+        "af30e16",
+    ),
+    Regression(
+        Options(seed=45, nodes=3),
+        "a killed process's new state name was relied on before it was synced, and lost with the power",
+        "22cfe83",
+        "1b05aaa",
+    ),
+    Regression(
+        Options(seed=126, nodes=5),
+        "a follower's refusals of what follows a conflict led its leader away from it, for ever",
+        "9a36db2",
+        "7bfa6ca",
+    ),
+    Regression(
+        Options(seed=16, nodes=5),
+        "a hand-over failed whose target had just installed a snapshot: it was told once, too early",
+        "7bfa6ca",
+        "22c5c8d",
+    ),
+    Regression(
+        Options(seed=64, nodes=5),
+        "a snapshot of a later term was installed without recording the term, which the node then answered in",
+        "4c78136",
+        "3e40715",
+    ),
+]
 
 _CAMPAIGN = """
 import os, sys

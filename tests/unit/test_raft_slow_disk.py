@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvstore.raft.node import RaftNode
+from tests.fake_network import run
 from tests.raft_cluster import Cluster
 from tests.raft_fixtures import ELECTION_MAX_S, Answer
 
@@ -69,3 +70,14 @@ def test_a_sole_voter_sleeps_while_its_disk_works(monkeypatch: pytest.MonkeyPatc
     assert not answer.is_done
     cluster.wait(answer)
     assert answer.is_ok
+
+
+def test_a_disk_that_fails_while_a_node_stops_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = three()
+    follower = next(node for node in cluster.nodes.values() if node is not cluster.elect())
+    closed: list[str] = []
+    monkeypatch.setattr(follower.machine, "close", lambda: closed.append("machine"), raising=False)
+    cluster.disk(follower.config.name).fail_sync(times=10)
+    run(follower.stop())
+    assert closed == ["machine"]
+    assert cluster.has_logged(follower.config.name, "what was not promised may be lost: the disk failed on stopping")
