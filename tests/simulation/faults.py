@@ -443,7 +443,7 @@ class Nemesis(RareFaults):
         """Not in the last batch of a log: what damage does there looks like a batch that was torn by a power loss, so
         it is cut off (docs/testing.md)."""
         for _ in range(8):  # more draws than it takes to hit something else
-            place = victim.files.flip_somewhere(self.chance)
+            place = victim.files.flip_somewhere(self.chance, self.chance.choice(["/data/wal", "/data"]))
             if place is None:
                 break
             path, offset, bit = place
@@ -494,7 +494,6 @@ class Nemesis(RareFaults):
     def _replace(self) -> bool:
         """A disk is lost with all that was on it, and the node may start again, empty, under its old name, before the
         operator replaces it."""
-        world = self.world
         victim = self._victim()
         if victim is None or not self._may_break(victim):
             return False

@@ -36,6 +36,7 @@ RARE_FAULTS: dict[str, float] = {
     "lonely leader": 3,
     "burst of reads": 2,
     "deposed and back": 2,
+    "mute successor": 1,
 }
 # Old requests of clients that may come again.
 KEPT_REQUESTS = 16
@@ -269,6 +270,28 @@ class RareFaults:
         world.later(MAROONED_S, call_back, CALL_BACKS_MAX)
         world.later(MAROONED_S, world.ambush, "leads", again)
         self._tell("deposed, and called back", name=name)
+        return True
+
+    def _mute_successor(self) -> bool:
+        """Leadership is handed to a node that hears, and is not heard: it raises its term alone."""
+        world, leader = self.world, self.world.leader()
+        others = [machine for machine in world.machines.values() if machine.is_up and machine is not leader]
+        if leader is None or leader.process is None or leader.node is None or not others:
+            return False
+        name = self.chance.choice(others).name
+        names = [other for other in world.machines if other != name]
+        self._tell("leadership goes to one that is not heard", name=leader.name, to=name)
+        for other in names:
+            world.network.cut(name, other, one_way=True)
+        raft: Any = leader.node.raft
+        leader.process.run(raft.transfer, name, lambda _error: None)
+
+        def heal() -> None:
+            for other in names:
+                world.network.uncut(name, other)
+                world.network.break_streams(name, other)  # what it said is lost, not late
+
+        world.later(0.5 + self.chance.random(), heal)
         return True
 
     # --- many reads ---------------------------------------------------------------------------------------------------

@@ -89,8 +89,8 @@ def hand_over_to_one_that_lags(patches: Patches) -> None:
         Changes,
         "step",
         (
-            "elif not hand_over.sent and self._leader.match_index(hand_over.target) == self._wal.last_index:",
-            "elif not hand_over.sent:",
+            "elif now >= hand_over.next_tell and self._leader.match_index(hand_over.target) == self._wal.last_index:",
+            "elif now >= hand_over.next_tell:",
         ),
     )
 
@@ -99,6 +99,12 @@ def hand_over_to_one_that_lags(patches: Patches) -> None:
 def hand_over_without_an_end(patches: Patches) -> None:
     """A hand-over that comes to nothing is never given up, and holds up proposals for ever."""
     patches.rewrite(Changes, "step", ("if now > hand_over.deadline:", "if False:"))
+
+
+@mutant("G7d")
+def hand_over_is_told_once(patches: Patches) -> None:
+    """The target is told once to take over, though it may not know yet who leads, or never hear it."""
+    patches.rewrite(Changes, "step", ("elif now >= hand_over.next_tell and", "elif not hand_over.sent and"))
 
 
 # --- G9: membership ---------------------------------------------------------------------------------------------------

@@ -75,6 +75,16 @@ def refusal_names_the_end_of_the_log(patches: Patches) -> None:
     )
 
 
+@mutant("G2f")
+def refusals_lead_to_and_fro(patches: Patches) -> None:
+    """A refusal of what lies behind a conflict leads the leader away from the conflict again."""
+    patches.rewrite(
+        Guard,
+        "_append_reply",
+        ("if self._refused.get(peer, next_index + 1) <= next_index:", "if self._refused.get(peer) == next_index:"),
+    )
+
+
 # --- G4: the leader's own disk ----------------------------------------------------------------------------------------
 
 

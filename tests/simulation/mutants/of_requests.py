@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from kvstore.client.call import Call, WriteCall
+from kvstore.client.protocol import ClientProtocol
 from kvstore.client.transaction import Transaction
 from kvstore.server.log_clock import LogClock
 from kvstore.state import txn
@@ -70,6 +71,16 @@ def retry_takes_a_new_number(patches: Patches) -> None:
 def lost_connection_leaves_no_doubt(patches: Patches) -> None:
     """A client reports a mutation whose connection was lost as surely not taken."""
     patches.rewrite(Call, "on_lost", ("self.in_doubt = True", "self.in_doubt = False"))
+
+
+@mutant("X13")
+def own_probe_is_a_sign_of_life(patches: Patches) -> None:
+    """A client takes it for a sign of life of a silent node that what it sends piles up."""
+    patches.rewrite(
+        ClientProtocol,
+        "_look",
+        ("(waited_bytes and unsent_bytes < waited_bytes + written_bytes)", "unsent_bytes != waited_bytes"),
+    )
 
 
 # --- log time ---------------------------------------------------------------------------------------------------------

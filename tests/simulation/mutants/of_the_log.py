@@ -1,5 +1,5 @@
 """Mutants of what makes the log durable: the order of promises and syncs, and the write-ahead log itself (D1 to D6,
-D11, D15 to D19)."""
+D11, D15, D17 to D19)."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def votes_are_not_recorded(patches: Patches) -> None:
 def terms_are_not_recorded(patches: Patches) -> None:
     """The log records neither term nor vote."""
     patches.rewrite(_WalJournal, "setCurrentTerm", ("self._wal.set_term(term, votedForNodeId)", "pass"))
+
+
+@mutant("D3c")
+def reset_does_not_record_the_term(patches: Patches) -> None:
+    """A log that restarts at a snapshot of a later term does not record that term."""
+    patches.rewrite(Wal, "reset", ("if term > self.term:", "if False:"))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -174,9 +180,3 @@ def reopened_log_is_trusted(patches: Patches) -> None:
         ("if batch_bytes := tail.position - tail.batch_start:", "if batch_bytes := 0:"),
         ("    file.sync()", "    pass"),
     )
-
-
-@mutant("D20")
-def torn_tail_is_left_in_the_file(patches: Patches) -> None:
-    """A torn tail is ignored, and its bytes stay where later records will be written."""
-    patches.rewrite(Wal, "_mend", ("file.truncate(tail.offset_bytes)", "pass"))

@@ -6,6 +6,7 @@ from kvstore.raft.flush import StateFlush
 from kvstore.raft.node import RaftNode
 from kvstore.raft.roster import Roster
 from kvstore.raft.snapshot_receiver import SnapshotReceiver
+from kvstore.raft.state_directory import StateDirectory
 from kvstore.server.node import ServerNode
 from kvstore.state.machine import Machine
 from tests.simulation.mutants.mutant import Catalogue, Patches
@@ -87,6 +88,19 @@ def position_in_a_batch_of_its_own(patches: Patches) -> None:
             "first = self._storage.batch()\n"
             "    first.put(M_POSITION, layout.encode(position))\n"
             "    self._storage.write(first)",
+        ),
+    )
+
+
+@mutant("D21b")
+def pointer_that_is_read_is_trusted(patches: Patches) -> None:
+    """The state's pointer is taken as it reads, though the process that renamed it may have died before its sync."""
+    patches.rewrite(
+        StateDirectory,
+        "current",
+        (
+            "            files.sync_dir(directory)\n            self._current = _decode",
+            "            self._current = _decode",
         ),
     )
 
