@@ -198,6 +198,11 @@ class FaultyFiles:
         """The next syncs of files fail with EIO."""
         self._sync_failures = times
 
+    @property
+    def sync_failures_due(self) -> int:
+        """How many of the next syncs fail."""
+        return self._sync_failures
+
     def take_sync_failure(self) -> bool:
         if self._sync_failures == 0:
             return False

@@ -514,9 +514,11 @@ class FakeNetwork:
         if not one_way:
             self._cuts.add((there, here))
 
-    def uncut(self, here: str, there: str) -> None:
-        """The wire from `here` to `there` works again (not the one back), and delivers what waited."""
+    def uncut(self, here: str, there: str, one_way: bool = False) -> None:
+        """The wire from `here` to `there` works again, and the one back unless `one_way`, and deliver what waited."""
         self._cuts.discard((here, there))
+        if not one_way:
+            self._cuts.discard((there, here))
         self._send_again()
 
     def heal(self) -> None:

@@ -169,8 +169,7 @@ class Guard:
     def set_applied_members(self, payload: bytes, node_id: str) -> None:
         """`payload` as the state machine holds it; this node's id tells it from one that had its name before."""
         self.applied_members = Configuration.decode(payload) if payload else Configuration()
-        own = self.applied_members.get(self.name)
-        self.was_member = own is not None and own.node_id == node_id
+        self.was_member = self.applied_members.holds(self.name, node_id)
 
     def receive(self, peer: str, message: Message, now: float) -> list[Action]:
         """What to do about a message from `peer`."""

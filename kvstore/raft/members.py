@@ -73,6 +73,11 @@ class Configuration(msgspec.Struct, frozen=True):
     def get(self, name: str) -> Member | None:
         return next((member for member in self.members if member.name == name), None)
 
+    def holds(self, name: str, node_id: str) -> bool:
+        """Whether the node with this id is the member of this name, not one that had it before or has it since."""
+        member = self.get(name)
+        return member is not None and member.node_id == node_id
+
     def is_voter(self, name: str) -> bool:
         member = self.get(name)
         return member is not None and member.voter

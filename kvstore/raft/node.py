@@ -581,10 +581,10 @@ class RaftNode:
         self._set_peers()
 
     def _applied_members(self) -> bool:
-        """A configuration was applied. False if it is one without this node, after one with it: then it is to go."""
+        """False if this node is to go: one without it, after one with it, was applied, and no newer one has it again."""
         was_member = self._guard.was_member
         self._guard.set_applied_members(self.machine.members, self.node_id)
-        if not was_member or self._guard.was_member:
+        if not was_member or self._guard.was_member or self._members.holds(self.config.name, self.node_id):
             return True
         self._on_removed()
         return False

@@ -40,8 +40,7 @@ class Roster:
     def set_members(self, members: Configuration, at: tuple[int, int]) -> None:
         """The configuration in force from now on, known to be so at that place (term, index) of the log."""
         self._members, self._members_at = members, at
-        member = members.get(self.own.name)
-        is_member = member is not None and member.node_id == self.own.node_id
+        is_member = members.holds(self.own.name, self.own.node_id)
         self.own = msgspec.structs.replace(self.own, member_at=at if is_member else (0, 0))
 
     def judge(self, identity: Identity) -> tuple[str, str] | None:

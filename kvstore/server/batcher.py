@@ -156,7 +156,7 @@ class Batcher:
         self._turn_due = False
         if not self._waiting_requests:
             return
-        if not self._raft.accepting:
+        if not self._raft.accepting or not self._log_clock.is_known:
             self._hold()
             return
         self._held_since = None

@@ -64,6 +64,11 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _parent(path: str) -> str:
+    head, slash, _ = path.rstrip("/").rpartition("/")
+    return head or slash or "."
+
+
 class _Meta(msgspec.Struct, frozen=True):
     format: int
     name: str
@@ -78,9 +83,11 @@ class DataDirectory:
         self._files = files
         self._meta_path = f"{path}/META"
         try:
-            files.make_dirs(path)
-            # Else power loss may take all of it, also what a process that was killed made and did not come to sync.
-            files.sync_dir(path.rstrip("/").rpartition("/")[0] or ".")
+            # Else power loss may take all of it; also what a process that was killed made and did not come to sync.
+            # (The parent may be one that this process may not open, where somebody else made the directory for it.)
+            if not files.is_dir(path):
+                files.make_dirs(path)
+                files.sync_dir(_parent(path))
             files.sync_dir(path)
             release = files.lock(f"{path}/LOCK")
         except OSError as error:

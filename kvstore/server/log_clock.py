@@ -11,7 +11,7 @@ applied here, for an own one the moment it was stamped. (Counting own entries fr
 lose the time between stamp and apply at every entry, and log time would stand still on a leader under steady load.)
 
 An empty store has no lease to shorten, so its first stamp is the wall clock. But a state without a log time may also be
-one whose log is not replayed yet: until the leader knows better (`begin`), it stamps 0, and log time stands still.
+one whose log is not replayed yet: until the leader knows better (`begin`, or an applied entry that has one), it proposes nothing (`is_known`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class LogClock:
         self._base_at = clock.monotonic()
         self._floor_ms = 0
         self._is_empty = False
+
+    @property
+    def is_known(self) -> bool:
+        """There is something to count from: a log time, or a store that is surely empty."""
+        return self._is_empty or self._base_ms > 0.0
 
     def begin(self) -> None:
         """This node leads, has applied all that was before its term, and there was no log time in it."""

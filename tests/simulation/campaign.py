@@ -29,6 +29,10 @@ EACH_KINDS = 4
 PER_THOUSAND = {"elections": 5000, "crashes": 2500, "snapshot_installs": 250, "membership_changes": 250}
 # Virtual seconds of a cluster of three per real second and core.
 PACE_MIN = 10.0
+# A cluster that is always down does nothing wrong. Faults take a leader a few times a minute, and more of them than a
+# quorum is left of is down together now and then.
+LED_PERCENT_MIN = 60.0
+ACKNOWLEDGED_PERCENT_MIN = 90.0
 
 
 def nodes_of(seed: int) -> int:
@@ -128,6 +132,10 @@ class Summary(Struct, kw_only=True):
         for name, least in PER_THOUSAND.items():
             per_thousand = getattr(total, name) * 1000 / runs
             floors.append(Floor(f"{name.replace('_', ' ')} per 1,000 seeds", per_thousand, least))
+        led = 100.0 * total.led_s / max(1.0, total.faulty_s)
+        acknowledged = 100.0 * total.acknowledged / max(1, total.client_operations)
+        floors.append(Floor("percent of the time with faults that there is a leader", led, LED_PERCENT_MIN))
+        floors.append(Floor("percent of operations acknowledged", acknowledged, ACKNOWLEDGED_PERCENT_MIN))
         if 3 in self.counts:
             floors.append(Floor("cluster-seconds per real second and core, 3 nodes", self.pace(3), PACE_MIN))
         return floors

@@ -227,7 +227,9 @@ class Checks:
             return
         expected: set[str] = getattr(watch.machine, "expected_failures", set())
         if failure.code == _REMOVED:
-            if self.ledger.is_member(watch.name, watch.node_id):
+            # It may not have heard that it was taken in again.
+            knows = watch.node_id not in self.ledger.removed or watch.configuration().holds(watch.name, watch.node_id)
+            if knows and self.ledger.is_member(watch.name, watch.node_id):
                 message = f"{watch.name} takes itself for removed, and is a member: {failure.message}"
                 self.note(Broken("node stopped", message, self.ledger.configuration_index))
         elif failure.code not in expected:

@@ -122,7 +122,7 @@ class Operator:
         assert not self.is_busy
         self._world.story.tell("operator", what, name=name)
         work = {"join": self.join, "leave": self.leave, "replace": self.replace, "hand over": self.hand_over}[what]
-        self.task = self._world.loop.create_task(self._bounded(what, name, work(name)))
+        self.task = self._world.spawn(self._bounded(what, name, work(name)))
 
     async def _bounded(self, what: str, name: str, work: object) -> None:
         try:

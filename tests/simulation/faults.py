@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from tests.simulation.machine import DISK_FAILURES
 from tests.simulation.rare_faults import RARE_FAULTS, RareFaults
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ FAULTS: dict[str, float] = {
     **RARE_FAULTS,
 }
 KINDS_MIN = 6
+# By so much faults come more seldom after the time of the run.
+PEACE = 4.0
 # Words of the log lines at which an ambush may strike, and what it waits for.
 MOMENTS = ("leads", "leads", "follows", "membership change", "installing a snapshot", "log restarts", "up")
 # Old messages that may be delivered again when two nodes are connected anew.
@@ -79,7 +82,7 @@ class Nemesis(RareFaults):
 
     def begin(self) -> None:
         self.world.story.tell("faults", "kinds of this run", kinds=", ".join(self.kinds))
-        self._task = self.world.loop.create_task(self._run())
+        self._task = self.world.spawn(self._run())
 
     async def end(self) -> None:
         """Heal what can be healed."""
@@ -102,7 +105,9 @@ class Nemesis(RareFaults):
     async def _run(self) -> None:
         world, chance = self.world, self.chance
         while True:
-            await asyncio.sleep(chance.expovariate(1.0 / self._mean_pause_s))
+            # A run that is longer than it was to be is so because its clients got too little done: they get some peace.
+            is_late = world.time.now_s > world.options.duration_s
+            await asyncio.sleep(chance.expovariate(1.0 / self._mean_pause_s) * (PEACE if is_late else 1.0))
             if world.is_over:
                 return
             kind = chance.choices(self.kinds, self._weights)[0]
@@ -138,8 +143,12 @@ class Nemesis(RareFaults):
 
     def _boot(self, machine: Machine) -> None:
         present = self.world.machines.get(machine.name) is machine
-        if present and machine.process is None and not machine.is_broken and not machine.boot():
-            self._boot_later(machine, self._some_time_s())  # it died, or was stopped, in its start
+        if not present or machine.process is not None or machine.is_broken or machine.boot():
+            return
+        if machine.is_broken:
+            self.world.later(self._some_time_s(), self._replaced, machine)
+        else:
+            self._boot_later(machine, self._some_time_s())  # it died, or its disk failed, in its start
 
     def _may_break(self, victim: Machine) -> bool:
         """Whether the others could go on without this disk: enough of them have theirs, by the newest committed
@@ -226,9 +235,7 @@ class Nemesis(RareFaults):
         def heal() -> None:
             self._tell("healed", links=" ".join(nodes) or pairs[0][0])
             for here, there in pairs:
-                network.uncut(here, there)
-                if not one_way:
-                    network.uncut(there, here)
+                network.uncut(here, there, one_way=one_way)
 
         self.world.later(self._some_time_s(), heal)
 
@@ -304,7 +311,11 @@ class Nemesis(RareFaults):
         victim.stops_by_power_loss = self.chance.random() < 0.6
         self._tell("will stop in a file operation", name=victim.name, operations=operations)
         victim.files.stop_after = victim.files.operation_count + operations
-        self.world.later(5.0, self._boot, victim)
+
+    def stopped_inside(self, machine: Machine) -> None:
+        """A process died in a file operation, as it was to: it is started again."""
+        if not self.world.is_over:
+            self._boot_later(machine, self._some_time_s())
 
     def _ambush(self) -> None:
         """Wait for a moment, and strike at it or just after it."""
@@ -337,7 +348,7 @@ class Nemesis(RareFaults):
         if victim is None or victim.process is None:
             return False
         self._tell("restart", name=victim.name)
-        self.world.loop.create_task(self._stop_and_boot(victim))
+        self.world.spawn(self._stop_and_boot(victim))
         return True
 
     async def _stop_and_boot(self, victim: Machine) -> None:
@@ -392,7 +403,7 @@ class Nemesis(RareFaults):
         if victim is None:
             return False
         self._tell("the next sync fails", name=victim.name)
-        victim.expected_failures |= {"storage_failed", "startup_failed"}
+        victim.expected_failures |= DISK_FAILURES
         victim.files.fail_sync()
         self._restart_failed(victim)
         return True
@@ -403,7 +414,7 @@ class Nemesis(RareFaults):
             return False
         free_bytes = self.chance.choice([0, 200, 5_000, 40_000])
         self._tell("disk fills", name=victim.name, free_bytes=free_bytes)
-        victim.expected_failures |= {"storage_failed", "startup_failed"}
+        victim.expected_failures |= DISK_FAILURES
         files = victim.files
         files.capacity_bytes = files.used_bytes + free_bytes
 
@@ -431,9 +442,11 @@ class Nemesis(RareFaults):
         if victim is None or not self._may_break(victim):
             return False
         victim.kill()
-        victim.is_rotten = True
-        self._tell("a bit flips", name=victim.name, where=self._flip(victim))
-        victim.expected_failures |= {"wal_damaged", "state_damaged"}
+        where = self._flip(victim)
+        self._tell("a bit flips", name=victim.name, where=where or "nowhere")
+        if where:
+            victim.is_rotten = True
+            victim.expected_failures |= {"wal_damaged", "state_damaged"}
         self._boot_later(victim, self._some_time_s())
         return True
 
@@ -450,7 +463,7 @@ class Nemesis(RareFaults):
             if not self.world.checks.is_in_doubt(victim, path, offset):
                 return f"{path}:{offset}.{bit}"
             victim.files.flip(path, offset, bit)
-        return "nowhere"
+        return ""
 
     def _clock_jump(self) -> None:
         machine = self.chance.choice(list(self.world.machines.values()))
@@ -464,7 +477,7 @@ class Nemesis(RareFaults):
             return False
         revision = max(1, operator.client.revision - self.chance.randrange(20))
         self._tell("compaction", revision=revision)
-        self.world.loop.create_task(operator.compact(revision))
+        self.world.spawn(operator.compact(revision))
         return True
 
     # --- the cluster --------------------------------------------------------------------------------------------------
@@ -507,5 +520,11 @@ class Nemesis(RareFaults):
         return True
 
     def _replaced(self, victim: Machine) -> None:
-        if not self.world.operator.is_busy and not self.world.is_over:
-            self.world.operator.begin("replace", victim.name)
+        """The operator replaces it, once there is time for it."""
+        world = self.world
+        if world.is_over or world.machines.get(victim.name) is not victim:
+            return
+        if world.operator.is_busy:
+            world.later(1.0, self._replaced, victim)
+        else:
+            world.operator.begin("replace", victim.name)

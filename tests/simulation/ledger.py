@@ -54,6 +54,7 @@ class Ledger:
         self.committed: list[int] = [0, 0]
         self.configuration: Configuration | None = None  # the newest committed one
         self.configuration_index = 0
+        self.removed: set[str] = set()  # ids of nodes whose removal was committed, once at least
         self.leaders: dict[int, str] = {}  # term -> node id
         self.votes: dict[tuple[str, int], str] = {}  # (node id, term) -> the name voted for
         self.applied: dict[int, Applied] = {}
@@ -125,6 +126,7 @@ class Ledger:
         # What members say of themselves (node id, addresses) is recorded too, and is no change of who they are.
         if before is not None and _who(before) != _who(configuration):
             self.counts.membership_changes += 1
+            self.removed |= {m.node_id for m in before.members} - {m.node_id for m in configuration.members}
 
     def is_member(self, name: str, node_id: str) -> bool:
         """By the newest committed configuration."""

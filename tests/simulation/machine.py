@@ -36,6 +36,8 @@ DRIFT_MAX = 0.005
 # What a hop to a thread and back takes, as the design measured it beside a busy loop; drawn anew each time.
 THREAD_MIN_S, THREAD_MAX_S = 0.0002, 0.010
 DATA_DIR = "/data"
+# What a node may say, and stop taking part, or not start, while its disk fails or is full.
+DISK_FAILURES = frozenset({"storage_failed", "startup_failed"})
 # Batches after which the storage flushes by itself: seldom, as RocksDB does, but in each run.
 OWN_FLUSH_SHARE = 0.005
 
@@ -313,6 +315,8 @@ class Machine:
             asyncio._set_running_loop(outer)
             self.starting = None
         self.node = node
+        if self.files.capacity_bytes is None and not self.files.sync_failures_due:
+            self.expected_failures -= DISK_FAILURES
         world.story.tell(self.name, "up", term=node.raft.term, applied=node.machine.applied_index)
         world.booted(self)
         return True
@@ -346,6 +350,7 @@ class Machine:
 
     def stopped_inside(self) -> None:
         self._died("stopped inside a file operation", power_loss=self.stops_by_power_loss)
+        self.world.nemesis.stopped_inside(self)
 
     def _died(self, how: str, *, power_loss: bool) -> None:
         if self.process is None:

@@ -33,9 +33,9 @@ RARE_FAULTS: dict[str, float] = {
     "hasty removal": 1,
     "rivals": 1,
     "needless snapshot": 1,
-    "lonely leader": 3,
+    "lonely leader": 4,
     "burst of reads": 2,
-    "deposed and back": 2,
+    "deposed and back": 5,
     "mute successor": 1,
 }
 # Old requests of clients that may come again.
@@ -50,6 +50,8 @@ SLOW_SYNC_S, SLOW_AFTER_S = 0.2, 2.0
 CALL_BACK_S, CALL_BACKS_MAX = 0.03, 120
 # Some hundred a second at each node, against writes of all clients.
 BURST_READS, BURST_S = 600, 1.0
+# What it heard before comes again within this time.
+SLEEPS_S = 0.5
 # What a node heard last.
 KEPT_HEARD = 40
 # An install is eight operations on files; a start is some twenty, and those of a first one are more.
@@ -186,7 +188,8 @@ class RareFaults:
         self._maroon(leader, self._some_time_s(), self.chance.choice([0, 1, 1]))
         return True
 
-    def _maroon(self, leader: Machine, for_s: float, with_it: int) -> None:
+    def _maroon(self, leader: Machine, for_s: float, with_it: int) -> list[str]:
+        """Gives those that are cut off with it."""
         world = self.world
         others = [name for name in world.machines if name != leader.name]
         company = self.chance.sample(others, with_it if len(others) > 2 else 0)
@@ -197,8 +200,8 @@ class RareFaults:
             world.network.cut(one, other)
 
         marooned = [world.machines[name] for name in here]
-        restart = self.chance.random() < 0.4
-        slow = self.chance.random() < 0.4
+        slow = self.chance.random() < 0.5
+        restart = not slow and self.chance.random() < 0.7
         if self.chance.random() < 0.5 and leader.process is not None and leader.node is not None:
             # A change of the configuration that is in its log alone.
             self._ghosts += 1
@@ -227,6 +230,7 @@ class RareFaults:
         world.later(for_s, heal)
         if slow:
             world.later(for_s + SLOW_AFTER_S, fast)
+        return company
 
     def _propose_many(self, leader: Machine, times: int) -> None:
         """Entries one by one, more than the batcher would have under way, copies of requests that came before."""
@@ -241,11 +245,11 @@ class RareFaults:
 
     def _deposed_and_back(self) -> bool:
         """A leader that is cut off with one other takes many requests, is deposed, comes back, and is made the leader
-        again at once; and then it hears again what it was answered in its first time."""
+        again at once; and then it hears again what it was answered in its first time, while the other sleeps."""
         world, leader = self.world, self.world.leader()
         if leader is None or leader.process is None or leader.node is None or len(world.machines) < 4:
             return False
-        self._maroon(leader, MAROONED_S, 1)
+        company = self._maroon(leader, MAROONED_S, 1)
         self._propose_many(leader, 4)
         name, old = leader.name, []
 
@@ -263,11 +267,14 @@ class RareFaults:
 
         def again(machine: Machine) -> None:
             if machine is leader:
+                for sleeper in company:
+                    if sleeper in world.machines:
+                        world.machines[sleeper].block(SLEEPS_S)
                 for sender, body in old:
-                    world.later(0.0, self._again, sender, name, body)
+                    world.later(SLEEPS_S * self.chance.random(), self._again, sender, name, body)
 
         world.later(MAROONED_S * 0.9, collect)
-        world.later(MAROONED_S, call_back, CALL_BACKS_MAX)
+        world.later(MAROONED_S + CALL_BACK_S, call_back, CALL_BACKS_MAX)
         world.later(MAROONED_S, world.ambush, "leads", again)
         self._tell("deposed, and called back", name=name)
         return True
@@ -288,7 +295,7 @@ class RareFaults:
 
         def heal() -> None:
             for other in names:
-                world.network.uncut(name, other)
+                world.network.uncut(name, other, one_way=True)
                 world.network.break_streams(name, other)  # what it said is lost, not late
 
         world.later(0.5 + self.chance.random(), heal)
@@ -359,7 +366,6 @@ class RareFaults:
         machine.stops_by_power_loss = self.chance.random() < 0.6
         self._tell("will stop in a file operation of its start", name=machine.name, operations=operations)
         machine.files.stop_after = machine.files.operation_count + operations
-        self.world.later(5.0, self._boot, machine)
 
     def _stop_in_an_install(self) -> None:
         """Whoever installs the next snapshot stops in the middle of it."""
@@ -426,7 +432,7 @@ class RareFaults:
         self._ghosts += 2
         names = [f"ghost{self._ghosts - 1}", f"ghost{self._ghosts}"]
         self._tell("two change the configuration at once", names=names)
-        self.world.loop.create_task(self._haunt(names))
+        self.world.spawn(self._haunt(names))
         return True
 
     async def _haunt(self, names: list[str]) -> None:

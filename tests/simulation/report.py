@@ -26,6 +26,8 @@ LINE_EVERY_S = 30.0
 ROWS = (
     ("runs", "runs"),
     ("virtual_s", "virtual seconds"),
+    ("faulty_s", "  of which with faults"),
+    ("led_s", "    of which with a leader"),
     ("elections", "elections"),
     ("crashes", "crashes"),
     ("snapshot_installs", "snapshot installs"),

@@ -186,7 +186,7 @@ def test_one_wire_is_cut_and_uncut(world: World) -> None:
     theirs.transport.write(b"back")
     world.time.advance(1)
     assert ours.got == theirs.got == b""
-    world.network.uncut("b", "a")
+    world.network.uncut("b", "a", one_way=True)
     world.time.advance(0.01)
     assert (ours.got, theirs.got) == (b"back", b"")
     world.network.uncut("a", "b")
@@ -488,7 +488,7 @@ def test_a_stream_carries_all_in_order_or_is_lost_whatever_happens(seed: int) ->
         elif what == 8:
             world.network.cut("a", "b", one_way=chance.random() < 0.5)
         elif what == 9:
-            world.network.uncut(*chance.choice([("a", "b"), ("b", "a")]))
+            world.network.uncut(*chance.choice([("a", "b"), ("b", "a")]), one_way=chance.random() < 0.5)
         elif what == 10 and living and chance.random() < 0.3:
             (
                 chance.choice(living).transport.close

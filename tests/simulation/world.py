@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import time as real_time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from random import Random
 from types import ModuleType
@@ -51,13 +51,16 @@ WORKERS = 5
 PAUSE_S = 0.25
 # What comes of it where faults hold up half of them; only to size the workloads by.
 STEPS_PER_S = 20
-# A run of 60 s has at least 510 operations: it goes on for up to three times as long where it has fewer.
+# A run of 60 s has at least 510 operations: it goes on for up to five times as long where it has fewer.
 OPERATIONS_PER_S = 8.5
-LONGER_MAX = 3
-# After everything is healed: an election takes a second or two, a snapshot and a replacement a few more.
-FIRST_LEADER_S = 10.0
-PROGRESS_S = 30.0
-REPAIR_S = 120.0
+LONGER_MAX = 5
+# After everything is healed: some times what the slowest of a hundred runs took (0.9 s to the first leader, 2 s to
+# another, 4 s until all replicas hold the same, 7 s until what is lost is replaced).
+FIRST_LEADER_S = 5.0
+PROGRESS_S = 10.0
+REPAIR_S = 30.0
+# Some samples in each of the shortest elections.
+SAMPLE_EVERY_S = 0.1
 # A run that makes no end is a bug of the simulation: setup, duration, repair and last reads, with room.
 ENDS_WITHIN_S = 600.0
 
@@ -197,6 +200,7 @@ class World:
         self.workers = [Worker(self, number, self.workloads, PAUSE_S) for number in range(1, WORKERS + 1)]
         enough = len(self.history.entries) + self.options.duration_s * OPERATIONS_PER_S
         self.nemesis.begin()
+        self._sample_leadership()
         await asyncio.sleep(self.options.duration_s)
         # Where faults leave clients little to do, they go on until enough was asked, within bounds.
         while len(self.history.entries) < enough and self.time.now_s < LONGER_MAX * self.options.duration_s:
@@ -219,6 +223,12 @@ class World:
                 self.violation(wrong.rule, wrong.message)
             except CheckBudgetExceeded as undecided:
                 self.violation("undecided", f"{workload.name}: {undecided}")
+
+    def _sample_leadership(self) -> None:
+        if not self.is_over:
+            self.counts.faulty_s += SAMPLE_EVERY_S
+            self.counts.led_s += SAMPLE_EVERY_S if self.leader() is not None else 0.0
+            self.later(SAMPLE_EVERY_S, self._sample_leadership)
 
     async def _settle(self) -> None:
         """Bring every member back, replace what is lost, and demand progress."""
@@ -352,6 +362,18 @@ class World:
     def booted(self, machine: Machine) -> None:
         self.checks.booted(machine)
         self.nemesis.booted(machine)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that nobody waits for: what it raises is a violation."""
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if error is not None and not isinstance(error, Violation):
+                self.violation("client", f"a task of the operator or of a fault raised {error!r}", error)
+
+        task = self.loop.create_task(coroutine)
+        task.add_done_callback(ended)
+        return task
 
     def later(self, delay_s: float, callback: Callable[..., object], *args: Any) -> None:
         self.time.call_later(delay_s, callback, *args)

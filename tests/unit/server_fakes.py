@@ -41,7 +41,7 @@ class FakeMachine:
 
     def __init__(self) -> None:
         self.revision = 0
-        self.log_time_ms = 0
+        self.log_time_ms = 1  # known, as it is once a leader has applied its first entry
         self.applied_term = 1
         self.batches: list[codec.Batch] = []
         self.records: dict[bytes, model.Record] = {}

@@ -215,12 +215,26 @@ def test_a_wall_clock_that_jumps_ahead_moves_log_time_by_one_percent_at_most() -
     assert first + 10_000 <= clock.stamp() <= first + 10_100
 
 
+def test_writes_wait_until_log_time_is_known() -> None:
+    """The first entry of a leader would else be stamped before its time, and its session expire at once."""
+    setup = Setup()
+    setup.log_clock.forget_own(0)
+    setup.submit(1)
+    setup.world.advance(0.02)
+    assert setup.raft.proposed == []
+    setup.log_clock.begin()
+    setup.world.advance(0.02)
+    assert setup.sizes() == [1]
+
+
 def test_a_state_that_is_not_replayed_yet_knows_no_log_time() -> None:
     world = World()
     world.jumped_ms += 3_600_000
     clock = LogClock(world, 0)
-    assert clock.stamp() == 0  # the log behind it may hold any log time
+    assert not clock.is_known  # the log behind it may hold any log time
+    assert clock.now_ms() == 0
     clock.observe(5_000)
+    assert clock.is_known
     world.advance(1.0)
     assert clock.stamp() == 6_010
     clock.forget_own(0)

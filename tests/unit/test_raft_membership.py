@@ -118,6 +118,19 @@ def test_a_learner_that_was_removed_while_it_was_away_learns_of_it() -> None:
     assert cluster.leader is leader
 
 
+def test_a_member_that_was_removed_and_joined_again_while_it_was_away_stays() -> None:
+    """Its log holds the removal and the joining; applying the first must not end it."""
+    cluster, leader = identified()
+    away = cluster.nodes["b"]
+    cluster.isolate("b")
+    remove(cluster, leader, "b")
+    add(cluster, leader, "b")
+    cluster.network.heal()
+    cluster.until(lambda: has_caught_up(away, leader) or away.failure is not None, within_s=30.0)
+    assert away.failure is None
+    assert away.status().role == "learner"
+
+
 def test_a_node_that_was_connected_before_it_was_a_member_is_sent_to_by_one_that_installed_a_snapshot() -> None:
     """An install makes a new engine, which is told of connections with the members of then."""
     cluster, leader = identified()

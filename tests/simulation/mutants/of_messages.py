@@ -14,7 +14,7 @@ mutant = catalogue.mutant
 # --- G1: stamps -------------------------------------------------------------------------------------------------------
 
 
-@mutant("G1a")
+@mutant("G1a", nodes=(5,))
 def acknowledgements_of_other_terms(patches: Patches) -> None:
     """A leader counts acknowledgements whatever term they were made in."""
     patches.rewrite(
@@ -24,7 +24,7 @@ def acknowledgements_of_other_terms(patches: Patches) -> None:
     )
 
 
-@mutant("G1c")
+@mutant("G1c", nodes=(5,))
 def acknowledgements_outlive_their_term(patches: Patches) -> None:
     """A leader remembers what each peer acknowledged to it in an earlier term of its own."""
     patches.rewrite(Guard, "term_changed", ("self._acked.clear()", "pass"))
@@ -105,7 +105,7 @@ def sole_voter_commits_what_it_has_not_synced(patches: Patches) -> None:
     )
 
 
-@mutant("G4e")
+@mutant("G4e", nodes=(5,))
 def truncation_leaves_the_durable_index(patches: Patches) -> None:
     """After a truncation the durable index stays where it was, above entries that are new and not synced."""
     patches.rewrite(
