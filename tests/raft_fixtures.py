@@ -177,7 +177,7 @@ class Lone:
     def act(self, todo: Iterable[actions.Action]) -> None:
         for action in todo:
             if isinstance(action, actions.DeliverAck):
-                self.engine.deliver_ack(action.peer, action.next_index, action.success)
+                self.engine.deliver_ack(action.peer, action.next_index, action.success, action.is_news)
             elif isinstance(action, actions.Deliver):
                 self.engine.deliver(action.peer, action.message)
             elif isinstance(action, actions.Send):

@@ -327,15 +327,18 @@ class Engine:
         """Hand the engine a message that the guard let through."""
         self._o._SyncObj__onMessageReceived(self._node(peer), message)
 
-    def deliver_ack(self, peer: str, next_index: int, success: bool) -> None:
+    def deliver_ack(self, peer: str, next_index: int, success: bool, is_news: bool = True) -> None:
         """Hand the leader's engine an acknowledgement (or a refusal, which says where to go on).
 
         An acknowledgement must not move the next index back while entries are in flight (fault 2: that is what makes
-        the stock leader send them again and again).
+        the stock leader send them again and again). One that is no news is no sign of life.
         """
-        before = self.next_index(peer)
+        before, node = self.next_index(peer), self._node(peer)
+        heard_at = self._o._SyncObj__lastResponseTime.get(node)
         message = {"type": "next_node_idx", "next_node_idx": next_index, "reset": not success, "success": success}
-        self._o._SyncObj__onMessageReceived(self._node(peer), message)
+        self._o._SyncObj__onMessageReceived(node, message)
+        if not is_news and heard_at is not None:
+            self._o._SyncObj__lastResponseTime[node] = heard_at
         if success and before > self.next_index(peer):
             self.set_next_index(peer, before)
 

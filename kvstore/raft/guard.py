@@ -92,9 +92,12 @@ class Deliver(Struct, frozen=True):
 
 
 class DeliverAck(Struct, frozen=True, gc=False):
+    """`is_news`: the peer said it just now, and so is alive."""
+
     peer: str
     next_index: int
     success: bool
+    is_news: bool = True
 
 
 class AdoptTerm(Struct, frozen=True, gc=False):
@@ -139,6 +142,7 @@ class Guard:
         self.was_member = False
         self.dropped: Counter[str] = Counter()
         self._acked: dict[str, int] = {}  # highest index that each peer has acknowledged in this term
+        self._heard_at: dict[str, float] = {}  # when each peer last answered in this term
         self._refused: dict[str, int] = {}  # the lowest index that a peer's refusals named, until it acknowledges
         self._leader_of: tuple[int, str] = (0, "")
         self._handlers: dict[type, Callable[..., list[Action]]] = {
@@ -159,11 +163,12 @@ class Guard:
     def set_members(self, members: Configuration) -> None:
         """The configuration in force from now on. What a name acknowledged counts for the node that had it then: one
         that joins under the name of a removed one holds nothing yet."""
-        for name in self._acked.keys() | self._refused.keys():
+        for name in self._heard_at.keys() | self._acked.keys() | self._refused.keys():
             before, now = self.members.get(name), members.get(name)
             if before is None or now is None or (before.node_id and before.node_id != now.node_id):
                 self._acked.pop(name, None)
                 self._refused.pop(name, None)
+                self._heard_at.pop(name, None)
         self.members = members
 
     def set_applied_members(self, payload: bytes, node_id: str) -> None:
@@ -248,7 +253,11 @@ class Guard:
 
     # --- log replication, as the leader -------------------------------------------------------------------------------
 
-    def _append_reply(self, peer: str, m: AppendReply, _now: float) -> list[Action]:
+    def heard_since(self, then: float) -> set[str]:
+        """Who has answered this leader in its term since then."""
+        return {peer for peer, at in self._heard_at.items() if at >= then}
+
+    def _append_reply(self, peer: str, m: AppendReply, now: float) -> list[Action]:
         engine = self.engine
         if m.term > engine.term:
             return [AdoptTerm(m.term)]
@@ -258,6 +267,7 @@ class Guard:
             return self._drop("not_a_member")
         if not 1 <= m.next_index <= self.log.last_index + 1:
             return self._drop("malformed")
+        self._heard_at[peer] = now
         if not m.success:
             # What a peer acknowledged it holds; and it is told once where to go on: on one connection, whatever it
             # refuses until it acknowledges again was sent before the answer to its first refusal. Only a lower place
@@ -279,7 +289,7 @@ class Guard:
             return []
         durable = self.log.durable_index
         return [
-            DeliverAck(peer, min(acked, durable) + 1, True)
+            DeliverAck(peer, min(acked, durable) + 1, True, is_news=False)
             for peer, acked in self._acked.items()
             if min(acked, durable) > self.engine.match_index(peer) and self.members.get(peer) is not None
         ]
@@ -292,6 +302,7 @@ class Guard:
         """What was acknowledged in an earlier term counts no more."""
         self._acked.clear()
         self._refused.clear()
+        self._heard_at.clear()
 
     # --- elections ----------------------------------------------------------------------------------------------------
 
@@ -340,7 +351,7 @@ class Guard:
     def _ask_whether_removed(self, now: float) -> list[Action]:
         """A leader stops sending to a node when its removal enters the log, so the node may never learn that it was
         committed. A node that was a member and is in no configuration any more asks, as it would for votes."""
-        self.elections.postpone(now)
+        self.elections.begin_pre_vote(self.engine.term + 1, self.name, now)
         if not self.was_member:
             return []
         ask = PreVote(self.engine.term, self.engine.term + 1, self.log.last_index, self.log.last_term)
@@ -362,7 +373,9 @@ class Guard:
 
     def _pre_vote_reply(self, peer: str, m: PreVoteReply, _now: float) -> list[Action]:
         if m.removed:
-            return [Removed()] if self.was_member else []
+            # An answer to what was asked before a leader spoke, or by one that had this name before, says nothing.
+            is_asked = m.next_term == self.elections.pre_vote_term
+            return [Removed()] if self.was_member and is_asked else self._drop("stale_removal")
         if m.term > self.engine.term:
             return [AdoptTerm(m.term)]
         if not self.members.is_voter(self.name):
@@ -394,11 +407,11 @@ class Guard:
         adopt: list[Action] = [AdoptTerm(m.term)] if m.term > self.engine.term else []
         return [*adopt, Send(peer, ReadAck(m.term, m.round))]
 
-    def _read_message(self, peer: str, m: ReadAck | ReadRequest | ReadReply, _now: float) -> list[Action]:
-        if isinstance(m, ReadAck) and (
-            m.term != self.engine.term or not self.engine.is_leader or self.members.get(peer) is None
-        ):
-            return self._drop("stale_acknowledgement")
+    def _read_message(self, peer: str, m: ReadAck | ReadRequest | ReadReply, now: float) -> list[Action]:
+        if isinstance(m, ReadAck):
+            if m.term != self.engine.term or not self.engine.is_leader or self.members.get(peer) is None:
+                return self._drop("stale_acknowledgement")
+            self._heard_at[peer] = now
         return [Pass(peer, m)]
 
 

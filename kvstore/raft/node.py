@@ -251,9 +251,9 @@ class RaftNode:
         return self._engine.match_index(peer)
 
     def alive(self) -> set[str]:
-        """The members that this node is connected with, and itself."""
-        connected = {member.name for member in self.members if self._transport.connected(member.name)}
-        return connected | {self.config.name}
+        """This leader, and the members that it is connected with and has heard of late, in its term."""
+        heard = self._guard.heard_since(self._env.clock.monotonic() - self.config.election_max_ms / 1000)
+        return {self.config.name, *filter(self._transport.connected, heard)}
 
     def status(self) -> RaftStatus:
         engine, wal = self._engine, self._wal
@@ -399,7 +399,7 @@ class RaftNode:
         """Carry out what the guard decided, in order."""
         for action in todo:
             if isinstance(action, actions.DeliverAck):
-                self._engine.deliver_ack(action.peer, action.next_index, action.success)
+                self._engine.deliver_ack(action.peer, action.next_index, action.success, action.is_news)
             elif isinstance(action, actions.Deliver):
                 self._engine.deliver(action.peer, action.message)
                 self._after_engine(now)
@@ -581,7 +581,7 @@ class RaftNode:
         self._set_peers()
 
     def _applied_members(self) -> bool:
-        """False if this node is to go: one without it, after one with it, was applied, and no newer one has it again."""
+        """False if this node is to go: applied was one without it, after one with it, and no newer one has it again."""
         was_member = self._guard.was_member
         self._guard.set_applied_members(self.machine.members, self.node_id)
         if not was_member or self._guard.was_member or self._members.holds(self.config.name, self.node_id):

@@ -11,7 +11,8 @@ applied here, for an own one the moment it was stamped. (Counting own entries fr
 lose the time between stamp and apply at every entry, and log time would stand still on a leader under steady load.)
 
 An empty store has no lease to shorten, so its first stamp is the wall clock. But a state without a log time may also be
-one whose log is not replayed yet: until the leader knows better (`begin`, or an applied entry that has one), it proposes nothing (`is_known`).
+one whose log is not replayed yet: until the leader knows better (`begin`, or an applied entry that has one), nothing is
+proposed (`is_known`).
 """
 
 from __future__ import annotations

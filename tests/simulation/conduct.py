@@ -4,7 +4,8 @@
   whom the leader itself asked to take over;
 - **pre-vote**: a term is raised only by a node to which a majority of the voters granted its pre-vote, or whom the
   leader asked;
-- **deaf leader**: a leader that hears no majority of the voters for an election timeout leads no more.
+- **deaf leader**: a leader that hears no majority of the voters for an election timeout leads no more;
+- **repetition**: a leader sends an entry to a peer once, until the peer refuses it or their connection was lost.
 
 No Raft paper's safety proof needs these; a cluster that stays available does (Ongaro's thesis, 4.2.3, 6.2 and 9.6).
 `Conduct` listens at the guard, where messages are judged, at the transport, and at the engine's tick. It keeps its own
@@ -38,6 +39,7 @@ RULES = {
     "loyalty": "who hears a living leader grants no vote and no pre-vote, but in a hand-over",
     "pre-vote": "a term is raised only after a majority granted a pre-vote for it, or when the leader asked for it",
     "deaf leader": "a leader that hears no majority for an election timeout leads no more",
+    "repetition": "a leader sends no entry again that is on its way, or has arrived",
 }
 _REQUEST_VOTE = 3  # the second byte of such a message
 # A turn takes its time once, at its begin; what it does is judged by a clock that went on within it, by three or four
@@ -62,7 +64,9 @@ class Conduct:
         self._led_term = 0
         self._led_from = 0.0
         self._quorum_of: object = None
+        self._sent: dict[str, tuple[int, int]] = {}  # to whom in which term up to which entry, since they may be lost
         self._listen(raft)
+        self._listen_to_appends(raft)
 
     def _listen(self, raft: Any) -> None:
         build_engine, tick, peer_down, send = raft._build_engine, raft._tick, raft.peer_down, raft._transport.send
@@ -101,6 +105,39 @@ class Conduct:
 
         guard.receive = receiving
 
+    def _listen_to_appends(self, raft: Any) -> None:
+        outbox, replicas = raft._outbox, raft._replicas
+        add_append, took_no_more, snapshot_sent = outbox.add_append, replicas.took_no_more, replicas._sent
+        peer_up, peer_down = raft.peer_up, raft.peer_down
+
+        def adding(peer: str, m: dict[str, Any], needs: int) -> bool:
+            if m["entries"]:
+                self._watch._judge(self._appends, peer, m["term"], m["prevLogIdx"] + 1, len(m["entries"]))
+            return add_append(peer, m, needs)  # type: ignore[no-any-return]
+
+        def losing(peer: str, first_lost: int) -> None:
+            term, last = self._sent.get(peer, (0, 0))
+            self._sent[peer] = (term, min(last, first_lost - 1))
+
+        def leaving(peer: str, first_unsent: int) -> None:
+            losing(peer, first_unsent)
+            took_no_more(peer, first_unsent)
+
+        def installed(peer: str, *outcome: Any) -> None:
+            losing(peer, 0)
+            snapshot_sent(peer, *outcome)
+
+        def connected(name: str) -> None:
+            losing(name, 0)
+            peer_up(name)
+
+        def disconnected(name: str) -> None:
+            losing(name, 0)
+            peer_down(name)
+
+        outbox.add_append, replicas.took_no_more, replicas._sent = adding, leaving, installed
+        raft.peer_up, raft.peer_down = connected, disconnected
+
     # --- what it hears ------------------------------------------------------------------------------------------------
 
     def _received(self, peer: str, m: Message, term: int, now: float, actions: list[Action]) -> None:
@@ -108,6 +145,9 @@ class Conduct:
         if isinstance(m, (AppendReply, ReadAck)):
             if m.term == term:
                 self._answered_at[peer] = now
+            if isinstance(m, AppendReply) and not m.success and peer in self._sent:
+                sent_term, last = self._sent[peer]
+                self._sent[peer] = (sent_term, min(last, m.next_index - 1))
         elif isinstance(m, (AppendEntries, ReadProbe)):
             if m.term >= term and actions:
                 self._heard_leader_at, self._leader = now, peer
@@ -147,6 +187,13 @@ class Conduct:
         if len(granted & configuration.voters) < configuration.quorum:
             told = ", ".join(sorted(granted - {name})) or "nobody"
             raise Broken("pre-vote", f"{name} raises its term to {m.term}, for which {told} granted a pre-vote")
+
+    def _appends(self, peer: str, term: int, first: int, count: int) -> None:
+        sent_term, last = self._sent.get(peer, (0, 0))
+        if sent_term == term and first <= last:
+            message = f"{self._watch.name} sends entries from {first} on to {peer} in term {term}, and has sent them"
+            raise Broken("repetition", f"{message} up to {last}; nothing says that they were lost", first, last)
+        self._sent[peer] = (term, first + count - 1)
 
     def _leads(self, now: float) -> None:
         """It leads, and its engine has just had the occasion not to."""

@@ -61,9 +61,12 @@ async def _calm(world: World) -> Machine:
 
 
 def _all_connected(world: World) -> bool:
-    names = set(world.machines)
-    nodes = [machine.node for machine in world.machines.values()]
-    return all(node is not None and names <= node.raft.alive() for node in nodes)  # type: ignore[attr-defined]
+    nodes = {name: machine.node for name, machine in world.machines.items()}
+    return all(
+        node is not None and (name == other or node.raft._transport.connected(other))  # type: ignore[attr-defined]
+        for name, node in nodes.items()
+        for other in nodes
+    )
 
 
 async def _hand_over_to_each(world: World, names: list[str]) -> None:

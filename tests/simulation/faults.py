@@ -79,6 +79,7 @@ class Nemesis(RareFaults):
         self._ends_at_s = 0.0
         self._task: asyncio.Task[None] | None = None
         self._kept: dict[tuple[str, str], list[bytes]] = {}
+        self._stops: dict[str, str] = {}  # machine -> the kind of fault that will stop it inside a file operation
 
     def begin(self) -> None:
         self.world.story.tell("faults", "kinds of this run", kinds=", ".join(self.kinds))
@@ -112,7 +113,11 @@ class Nemesis(RareFaults):
                 return
             kind = chance.choices(self.kinds, self._weights)[0]
             if self._methods[kind]() is not False:
-                world.counts.faults[kind] += 1
+                self._struck(kind)
+
+    def _struck(self, kind: str) -> None:
+        """It happened. A fault that lies in wait calls this itself when it does, and gives False."""
+        self.world.counts.faults[kind] += 1
 
     # --- choices ------------------------------------------------------------------------------------------------------
 
@@ -303,21 +308,25 @@ class Nemesis(RareFaults):
         victim = self._victim()
         if victim is None:
             return False
-        self._stop_soon(victim, self.chance.choice([1, 3, 10, 40]))
-        return True
+        self._stop_soon(victim, self.chance.choice([1, 3, 10, 40]), "stop in a file operation")
+        return False
 
-    def _stop_soon(self, victim: Machine, operations_max: int) -> None:
+    def _stop_soon(self, victim: Machine, operations_max: int, kind: str) -> None:
         operations = self.chance.randrange(operations_max)
+        self._stops[victim.name] = kind
         victim.stops_by_power_loss = self.chance.random() < 0.6
         self._tell("will stop in a file operation", name=victim.name, operations=operations)
         victim.files.stop_after = victim.files.operation_count + operations
 
     def stopped_inside(self, machine: Machine) -> None:
         """A process died in a file operation, as it was to: it is started again."""
+        kind = self._stops.pop(machine.name, "")
+        if kind:
+            self._struck(kind)
         if not self.world.is_over:
             self._boot_later(machine, self._some_time_s())
 
-    def _ambush(self) -> None:
+    def _ambush(self) -> bool:
         """Wait for a moment, and strike at it or just after it."""
         moment = self.chance.choice(MOMENTS)
         how = self.chance.choice(["lose power", "kill", "stop", "isolate", "pause"])
@@ -328,13 +337,15 @@ class Nemesis(RareFaults):
 
         self._tell("lies in ambush", moment=moment, how=how)
         self.world.ambush(moment, strike)
+        return False
 
     def _strike(self, machine: Machine, how: str) -> None:
         if not machine.is_up or self.world.is_over:
             return
         self._tell("strikes", name=machine.name, how=how)
+        self._struck("ambush")
         if how == "stop":
-            self._stop_soon(machine, 8)
+            self._stop_soon(machine, 8, "")
         elif how == "isolate":
             self._cut([(machine.name, other) for other in self._hosts() if other != machine.name])
         elif how == "pause":

@@ -68,6 +68,7 @@ class RareFaults:
     chance: Random
     kinds: list[str]
     _task: asyncio.Task[None] | None
+    _stops: dict[str, str]
 
     def _tell(self, event: str, **fields: Any) -> None:
         raise NotImplementedError
@@ -81,7 +82,10 @@ class RareFaults:
     def _boot(self, machine: Machine) -> None:
         raise NotImplementedError
 
-    def _stop_soon(self, victim: Machine, operations_max: int) -> None:
+    def _stop_soon(self, victim: Machine, operations_max: int, kind: str) -> None:
+        raise NotImplementedError
+
+    def _struck(self, kind: str) -> None:
         raise NotImplementedError
 
     def _again(self, sender: str, receiver: str, body: bytes) -> None:
@@ -354,7 +358,7 @@ class RareFaults:
         else:
             victim.kill()
         self.world.later(self._some_time_s(), self._boot, victim)
-        return True
+        return False
 
     def booting(self, machine: Machine) -> None:
         """A process is about to start."""
@@ -364,17 +368,21 @@ class RareFaults:
         if operations is None or self.world.is_over or self._task is None:
             return
         machine.stops_by_power_loss = self.chance.random() < 0.6
+        self._stops[machine.name] = "stop in its start"
         self._tell("will stop in a file operation of its start", name=machine.name, operations=operations)
         machine.files.stop_after = machine.files.operation_count + operations
 
-    def _stop_in_an_install(self) -> None:
+    def _stop_in_an_install(self) -> bool:
         """Whoever installs the next snapshot stops in the middle of it."""
         self._tell("lies in ambush", moment="installing a snapshot", how="stop inside")
-        self.world.ambush("installing a snapshot", lambda machine: self._stop_soon(machine, INSTALL_OPERATIONS))
+        kind = "stop in an install"
+        self.world.ambush("installing a snapshot", lambda machine: self._stop_soon(machine, INSTALL_OPERATIONS, kind))
+        return False
 
-    def _flip_in_a_snapshot(self) -> None:
+    def _flip_in_a_snapshot(self) -> bool:
         """A bit of the next snapshot that is received rots before it is read back."""
         self._flips_due += 1
+        return False
 
     def _listen_for_snapshots(self, machine: Machine) -> None:
         assert machine.node is not None
@@ -385,6 +393,7 @@ class RareFaults:
             if self._flips_due:
                 self._flips_due -= 1
                 self._flip_received(machine, partial)
+                self._struck("flip in a snapshot")
             bad: list[int] = verify(partial)
             return bad
 
@@ -414,8 +423,9 @@ class RareFaults:
         victim.expected_failures.add("node_identity_changed")
         if self.chance.random() < 0.5:
             victim.boot()
-        world.later(1.0, self._remove_one_that_lives)
-        world.later(3.0 + self._some_time_s(), self._replaced, victim)
+        # A leader notices within an election timeout; before that, it is the operator's misfortune.
+        world.later(1.5, self._remove_one_that_lives)
+        world.later(3.5 + self._some_time_s(), self._replaced, victim)
         return True
 
     def _remove_one_that_lives(self) -> None:

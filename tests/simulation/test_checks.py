@@ -360,7 +360,8 @@ def test_a_commit_that_is_on_one_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_leader_counts_what_its_own_disk_does_not_hold_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    def counted(_self: Guard, peer: str, m: AppendReply, _now: float) -> list[Any]:
+    def counted(self: Guard, peer: str, m: AppendReply, now: float) -> list[Any]:
+        self._heard_at[peer] = now
         return [DeliverAck(peer, m.next_index, m.success)]
 
     monkeypatch.setattr(Guard, "_append_reply", counted)

@@ -64,6 +64,24 @@ def test_a_leader_that_hears_nobody() -> None:
         cluster.time.advance(3.0)
 
 
+def test_an_entry_that_is_sent_again() -> None:
+    cluster = running()
+    cluster.nodes["a"]._engine.set_next_index("b", cluster.nodes["a"].status().last_index)
+    with violates("repetition", "to b in term"):
+        cluster.commit("more")
+
+
+def test_an_entry_that_may_be_lost_is_sent_again() -> None:
+    cluster = running()
+    cluster.isolate("b")
+    cluster.propose(cluster.nodes["a"], "more")
+    cluster.time.advance(1.0)
+    for stream in list(cluster.network.streams):
+        stream.lose_soon(ConnectionResetError("lost"))
+    cluster.network.heal()
+    cluster.commit("and more")
+
+
 def test_one_that_steps_down_in_time_breaks_no_rule() -> None:
     cluster = running()
     cluster.isolate("a")

@@ -273,8 +273,8 @@ class Watch:
             deliver(peer, message)
             stepped()
 
-        def delivering_ack(peer: str, next_index: int, success: bool) -> None:
-            deliver_ack(peer, next_index, success)
+        def delivering_ack(peer: str, next_index: int, success: bool, is_news: bool = True) -> None:
+            deliver_ack(peer, next_index, success, is_news)
             match = (self.led_term, engine.match_index(peer))
             if match != matched.get(peer):
                 matched[peer] = match

@@ -119,6 +119,20 @@ def test_an_acknowledgement_does_not_move_the_next_index_back() -> None:
     assert engine.next_index("b") == 8
 
 
+def test_an_acknowledgement_that_is_no_news_is_no_sign_of_life() -> None:
+    """A slow disk of the leader's own raises what peers acknowledged long before."""
+    engine, _ = elected()
+    engine.queue_proposal(b"\x10x")
+    engine.tick()
+    heard = engine._o._SyncObj__lastResponseTime
+    before = dict(heard)
+    engine.deliver_ack("b", 4, True, is_news=False)
+    assert engine.match_index("b") == 3
+    assert heard == before
+    engine.deliver_ack("b", 4, True)
+    assert heard[Node("b")] > before[Node("b")]
+
+
 def test_proposals_left_over_at_a_step_down_go_nowhere() -> None:
     engine, sent = elected()
     engine.queue_proposal(b"\x10late")

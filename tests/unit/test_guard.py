@@ -79,7 +79,7 @@ def test_what_was_acknowledged_in_an_earlier_term_is_forgotten() -> None:
     pure = leading(durable=2)
     pure.guard.receive("a", AppendReply(5, 6, True), NOW)
     pure.log.durable = 5
-    assert pure.guard.raise_acks() == [DeliverAck("a", 6, True)]
+    assert pure.guard.raise_acks() == [DeliverAck("a", 6, True, is_news=False)]
     pure.guard.term_changed()
     pure.engine.term = 6
     assert pure.guard.raise_acks() == []
@@ -287,11 +287,11 @@ def test_held_acknowledgements_end_with_their_term() -> None:
 def test_an_acknowledgement_beyond_the_durable_index_is_delivered_lowered_and_raised_later() -> None:
     pure = leading(durable=3)
     assert pure.guard.receive("a", AppendReply(5, 6, True), NOW) == [DeliverAck("a", 4, True)]
-    assert pure.guard.raise_acks() == [DeliverAck("a", 4, True)]
+    assert pure.guard.raise_acks() == [DeliverAck("a", 4, True, is_news=False)]
     pure.engine.matched["a"] = 3
     assert pure.guard.raise_acks() == []
     pure.log.durable = 5
-    assert pure.guard.raise_acks() == [DeliverAck("a", 6, True)]
+    assert pure.guard.raise_acks() == [DeliverAck("a", 6, True, is_news=False)]
 
 
 def test_the_leader_commits_only_what_its_own_disk_holds() -> None:
@@ -454,3 +454,24 @@ def test_questions_and_answers_about_reads_are_passed_on() -> None:
     pure = Pure()
     for message in (ReadRequest(5, 1), ReadReply(5, 1, 7)):
         assert pure.guard.receive("a", message, NOW) == [Pass("a", message)]
+
+
+# --- who is there -----------------------------------------------------------------------------------------------------
+
+
+def test_who_answered_in_this_term_was_heard() -> None:
+    pure = leading()
+    assert pure.guard.heard_since(NOW - 1.0) == set()
+    pure.guard.receive("a", AppendReply(5, 3, False), NOW)
+    pure.guard.receive("c", ReadAck(5, 1), NOW + 1.0)
+    assert pure.guard.heard_since(NOW) == {"a", "c"}
+    assert pure.guard.heard_since(NOW + 0.5) == {"c"}
+    pure.guard.term_changed()
+    assert pure.guard.heard_since(NOW) == set()
+
+
+def test_who_answered_in_another_term_was_not_heard() -> None:
+    pure = leading()
+    pure.guard.receive("a", AppendReply(4, 3, True), NOW)
+    pure.guard.receive("c", ReadAck(4, 1), NOW)
+    assert pure.guard.heard_since(NOW) == set()

@@ -326,8 +326,22 @@ def test_who_is_told_that_it_was_removed_stops() -> None:
     assert asking().guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == [Removed()]
 
 
+@pytest.mark.parametrize("next_term", [5, 7])
+def test_an_answer_to_another_question_removes_nobody(next_term: int) -> None:
+    """One that had this name before may have asked."""
+    pure = asking()
+    assert pure.guard.receive("a", PreVoteReply(5, next_term, False, removed=True), LATER) == []
+    assert pure.guard.dropped["stale_removal"] == 1
+
+
+def test_who_hears_a_leader_after_it_asked_does_not_take_itself_for_removed() -> None:
+    pure = asking()
+    pure.elections.heard_leader(LATER)
+    assert pure.guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == []
+
+
 def test_who_was_never_a_member_is_not_stopped() -> None:
-    pure = Pure()
+    pure = asking()
     pure.guard.was_member = False
     assert pure.guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == []
 

@@ -100,6 +100,22 @@ def test_a_name_with_a_new_node_id_has_no_vote_on_connections_from_before() -> N
     assert answer.is_ok
 
 
+def test_a_new_leader_counts_nobody_alive_that_has_not_answered_it() -> None:
+    """b died, and its connections stay open: without a, no quorum would be left."""
+    cluster, leader = identified()
+    cluster.isolate("b")
+    handed, removed = Answer(), Answer()
+    leader.transfer("c", handed)
+    cluster.wait(handed)
+    successor = cluster.nodes["c"]
+    cluster.until(lambda: successor.accepting and successor.committed == successor.status().last_index)
+    assert successor._transport.connected("b")
+    successor.remove("a", removed)
+    cluster.wait(removed)
+    assert removed.error is not None
+    assert removed.error.code == "would_lose_quorum"
+
+
 # --- learners ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
-"""Mutants of the guard's rules about replicating the log: stamps, appends, acknowledgements, snapshots (G1, G2, G4,
+"""Mutants of the guard's rules about replicating the log: stamps, appends, acknowledgements, snapshots (G1 to G4,
 G8)."""
 
 from __future__ import annotations
 
+from kvstore.raft.engine import Engine
 from kvstore.raft.guard import Guard
 from kvstore.raft.node import RaftNode
 from kvstore.raft.wal import Wal
@@ -83,6 +84,15 @@ def refusals_lead_to_and_fro(patches: Patches) -> None:
         "_append_reply",
         ("if self._refused.get(peer, next_index + 1) <= next_index:", "if self._refused.get(peer) == next_index:"),
     )
+
+
+# --- G3: acknowledgements ---------------------------------------------------------------------------------------------
+
+
+@mutant("G3")
+def acknowledgement_moves_back(patches: Patches) -> None:
+    """An acknowledgement sets the peer's next index back, though later entries are in flight (stock pysyncobj)."""
+    patches.rewrite(Engine, "deliver_ack", ("if success and before > self.next_index(peer):", "if False:"))
 
 
 # --- G4: the leader's own disk ----------------------------------------------------------------------------------------
