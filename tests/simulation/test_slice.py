@@ -86,6 +86,30 @@ REGRESSIONS: list[Regression] = [
         "4c78136",
         "3e40715",
     ),
+    Regression(
+        Options(seed=18, nodes=3),
+        "a member that had been removed and taken in again while it was away stopped when it applied its removal",
+        "a42821f",
+        "314281e",
+    ),
+    Regression(
+        Options(seed=159, nodes=3),
+        "an old answer, to one that had a node's name before it, made the node take itself for removed",
+        "314281e",
+        "1f4662e",
+    ),
+    Regression(
+        Options(seed=268, nodes=5),
+        "a leader with a slow disk took what peers had acknowledged before for signs of life, and led on alone",
+        "314281e",
+        "1f4662e",
+    ),
+    Regression(
+        Options(seed=323, nodes=3),
+        "a new leader took a dead member that it was still connected with for alive, and let go of the quorum",
+        "314281e",
+        "1f4662e",
+    ),
 ]
 
 RUNS = list(dict.fromkeys([*SLICE, *(regression.options for regression in REGRESSIONS)]))
