@@ -195,10 +195,16 @@ class Operator:
     async def replace(self, name: str) -> None:
         """The machine of this name is gone for good: remove it, and join another in its place, now and then under its
         name."""
+        await self._replace(name, name if self._chance.random() < 0.5 else "")
+
+    async def replace_under_its_name(self, name: str) -> None:
+        await self._replace(name, name)
+
+    async def _replace(self, name: str, new_name: str) -> None:
         world = self._world
         await self.leave(name)
         world.retire(name)
-        new = world.add_machine(name if self._chance.random() < 0.5 else "")
+        new = world.add_machine(new_name)
         await self.join(new.name)
 
     async def _quietly(self, call: object) -> None:

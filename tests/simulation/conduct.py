@@ -5,7 +5,8 @@
 - **pre-vote**: a term is raised only by a node to which a majority of the voters granted its pre-vote, or whom the
   leader asked;
 - **deaf leader**: a leader that hears no majority of the voters for an election timeout leads no more;
-- **repetition**: a leader sends an entry to a peer once, until the peer refuses it or their connection was lost.
+- **appends in order**: what a leader sends to a peer continues what it sent before, or begins where the peer refused;
+  only what may have been lost is sent again.
 
 No Raft paper's safety proof needs these; a cluster that stays available does (Ongaro's thesis, 4.2.3, 6.2 and 9.6).
 `Conduct` listens at the guard, where messages are judged, at the transport, and at the engine's tick. It keeps its own
@@ -39,7 +40,8 @@ RULES = {
     "loyalty": "who hears a living leader grants no vote and no pre-vote, but in a hand-over",
     "pre-vote": "a term is raised only after a majority granted a pre-vote for it, or when the leader asked for it",
     "deaf leader": "a leader that hears no majority for an election timeout leads no more",
-    "repetition": "a leader sends no entry again that is on its way, or has arrived",
+    "appends in order": "a leader sends a peer entry after entry: none twice that may not be lost, and it leaves none "
+    "out that was refused",
 }
 _REQUEST_VOTE = 3  # the second byte of such a message
 # A turn takes its time once, at its begin; what it does is judged by a clock that went on within it, by three or four
@@ -64,7 +66,9 @@ class Conduct:
         self._led_term = 0
         self._led_from = 0.0
         self._quorum_of: object = None
-        self._sent: dict[str, tuple[int, int]] = {}  # to whom in which term up to which entry, since they may be lost
+        # To whom it has sent in which term up to which entry, and the lowest that was refused since the last
+        # acknowledgement; nothing of a peer that may have lost some of them.
+        self._sent: dict[str, tuple[int, int, float]] = {}
         self._listen(raft)
         self._listen_to_appends(raft)
 
@@ -115,24 +119,20 @@ class Conduct:
                 self._watch._judge(self._appends, peer, m["term"], m["prevLogIdx"] + 1, len(m["entries"]))
             return add_append(peer, m, needs)  # type: ignore[no-any-return]
 
-        def losing(peer: str, first_lost: int) -> None:
-            term, last = self._sent.get(peer, (0, 0))
-            self._sent[peer] = (term, min(last, first_lost - 1))
-
         def leaving(peer: str, first_unsent: int) -> None:
-            losing(peer, first_unsent)
+            self._sent.pop(peer, None)
             took_no_more(peer, first_unsent)
 
         def installed(peer: str, *outcome: Any) -> None:
-            losing(peer, 0)
+            self._sent.pop(peer, None)
             snapshot_sent(peer, *outcome)
 
         def connected(name: str) -> None:
-            losing(name, 0)
+            self._sent.pop(name, None)
             peer_up(name)
 
         def disconnected(name: str) -> None:
-            losing(name, 0)
+            self._sent.pop(name, None)
             peer_down(name)
 
         outbox.add_append, replicas.took_no_more, replicas._sent = adding, leaving, installed
@@ -145,9 +145,8 @@ class Conduct:
         if isinstance(m, (AppendReply, ReadAck)):
             if m.term == term:
                 self._answered_at[peer] = now
-            if isinstance(m, AppendReply) and not m.success and peer in self._sent:
-                sent_term, last = self._sent[peer]
-                self._sent[peer] = (sent_term, min(last, m.next_index - 1))
+            if isinstance(m, AppendReply) and m.term == term:
+                self._answered(peer, m)
         elif isinstance(m, (AppendEntries, ReadProbe)):
             if m.term >= term and actions:
                 self._heard_leader_at, self._leader = now, peer
@@ -188,12 +187,24 @@ class Conduct:
             told = ", ".join(sorted(granted - {name})) or "nobody"
             raise Broken("pre-vote", f"{name} raises its term to {m.term}, for which {told} granted a pre-vote")
 
+    def _answered(self, peer: str, m: AppendReply) -> None:
+        """Its next append to this peer continues what it sent, or begins at the lowest refused entry. (A refusal that
+        is no lower than one before it answers what was sent before the leader heard of that one.)"""
+        sent_term, last, refused = self._sent.get(peer, (0, 0, math.inf))
+        is_known = sent_term == m.term
+        if m.success and is_known:
+            self._sent[peer] = (m.term, max(last, m.next_index - 1), math.inf)
+        elif not m.success and (m.next_index < refused or not is_known):
+            begins = max(m.next_index, self._raft._engine.match_index(peer) + 1)
+            self._sent[peer] = (m.term, min(last, begins - 1) if is_known else begins - 1, m.next_index)
+
     def _appends(self, peer: str, term: int, first: int, count: int) -> None:
-        sent_term, last = self._sent.get(peer, (0, 0))
-        if sent_term == term and first <= last:
-            message = f"{self._watch.name} sends entries from {first} on to {peer} in term {term}, and has sent them"
-            raise Broken("repetition", f"{message} up to {last}; nothing says that they were lost", first, last)
-        self._sent[peer] = (term, first + count - 1)
+        sent_term, last, refused = self._sent.get(peer, (0, 0, math.inf))
+        if sent_term == term and first != last + 1:
+            what = "they may not be lost" if first <= last else "those between were refused, or never sent"
+            message = f"{self._watch.name} sends entries from {first} on to {peer} in term {term}, after {last}"
+            raise Broken("appends in order", f"{message}; {what}", first, last)
+        self._sent[peer] = (term, first + count - 1, refused if sent_term == term else math.inf)
 
     def _leads(self, now: float) -> None:
         """It leads, and its engine has just had the occasion not to."""

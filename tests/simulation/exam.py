@@ -1,9 +1,12 @@
 """What a whole and healthy cluster must be able to do, asked at the end of a run: handing leadership over.
 
 Faults make hand-overs fail for good reasons all the time; only where nothing is broken is a failure the product's own.
-Each run does one of two, by its seed:
+Each run does one of these, by its seed:
 
 - **hand over under load** to every other voter in turn: each must take over, in a moment;
+- **hand over to one that lags**: it was down, needs a snapshot by now, and takes over as soon as it has caught up;
+- **a replacement behind somebody's back**: a member is replaced under its name while another is down, and leads when
+  that one comes back: it must be believed;
 - **hand over to one that does not answer** (its machine is paused): the leader must give it up and take writes again,
   while the other still sleeps.
 """
@@ -23,11 +26,13 @@ if TYPE_CHECKING:
 # As many writers as keep the leader's pipeline of four entries full, so that some entry is always in flight.
 WRITERS = 8
 # A leader that was elected so long ago has all its connections.
-CALM_S, CALM_WITHIN_S = 2.0, 30.0
+CALM_S, CALM_WITHIN_S = 2.0, 10.0
 # A hand-over is tried for two election timeouts; the election at its end is a round trip or two.
 TAKEN_OVER_S, ELECTED_S = 3.0, 0.3
 # The target sleeps longer than the leader tries and a write may take together.
 SLEEP_S, WRITTEN_S = 8.0, 4.5
+# More than any run's limits keep in the log, or apply without a flush; in rounds that make entries of ordinary size.
+MISSED_ROUNDS, MISSED_VALUE = 20, bytes(100)
 
 
 async def examine(world: World, chance: Random) -> None:
@@ -36,8 +41,13 @@ async def examine(world: World, chance: Random) -> None:
     others = [name for name in world.machines if name != leader.name]
     if not others:
         return
-    if chance.random() < 0.5 or len(others) < 2:  # without one of two nobody can write
+    kind = chance.random() if len(others) > 1 else 0.0  # without one of two nobody can write
+    if kind < 0.4:
         await _hand_over_to_each(world, others)
+    elif kind < 0.6:
+        await _hand_over_to_one_that_lags(world, chance.choice(others))
+    elif kind < 0.8 and len(others) > 3:  # with two of them away, the others are a quorum
+        await _replace_behind_the_back_of(world, *chance.sample(others, 2))
     else:
         await _hand_over_to_a_sleeper(world, leader, chance.choice(others))
 
@@ -87,10 +97,41 @@ async def _hand_over_to_each(world: World, names: list[str]) -> None:
             world.violation("hand-over", f"a write beside hand-overs failed: {writer.exception()!r}")
 
 
-async def _hand_over(world: World, name: str) -> None:
+async def _hand_over_to_one_that_lags(world: World, name: str) -> None:
+    world.story.tell("exam", "hand over to one that lags", name=name)
+    machine, put = world.machines[name], world.operator.client.put
+    machine.kill()
+    for _ in range(MISSED_ROUNDS):
+        writes = [put(b"exam/%d" % number, MISSED_VALUE, timeout=TAKEN_OVER_S) for number in range(WRITERS)]
+        for outcome in await asyncio.gather(*writes, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                world.violation("liveness", f"one of {len(world.machines)} nodes is down, a write fails: {outcome!r}")
+    machine.boot()
+    await _hand_over(world, name)
+
+
+async def _replace_behind_the_back_of(world: World, absent: str, replaced: str) -> None:
+    world.story.tell("exam", "replacement behind the back of one that is down", name=absent, replaced=replaced)
+    sleeper = world.machines[absent]
+    sleeper.kill()
+    world.machines[replaced].switch_off()
+    await world.operator.replace_under_its_name(replaced)
+    await _hand_over(world, replaced, hears=set(world.machines) - {absent})
+    sleeper.boot()
+
+    def has_caught_up() -> bool:
+        leader, node = world.machines[replaced].node, sleeper.node
+        return leader is not None and node is not None and node.machine.applied_index >= leader.machine.applied_index
+
+    await world.wait(has_caught_up, CALM_WITHIN_S, f"{absent} follows {replaced}, which was replaced behind its back")
+
+
+async def _hand_over(world: World, name: str, hears: set[str] | None = None) -> None:
+    """`hears`: who can answer; all, as a rule."""
+
     def hears_all() -> bool:
-        leader = world.leader()
-        return leader is not None and leader.node is not None and leader.node.raft.alive() >= set(world.machines)
+        leader, needed = world.leader(), hears or set(world.machines)
+        return leader is not None and leader.node is not None and leader.node.raft.alive() >= needed
 
     await world.wait(hears_all, CALM_WITHIN_S, "the leader is connected with all members")
     try:

@@ -222,15 +222,19 @@ class Nemesis(RareFaults):
         return True
 
     def _client_cut(self) -> None:
+        """A client is cut off from some nodes, or is heard by all and hears none: it has asked, and cannot know."""
         client = self.chance.choice(self.world.workers).host
         names = list(self.world.machines)
+        if self.chance.random() < 0.4:
+            self._cut([(name, client) for name in names], one_way=True, for_s=3.0 + 4.0 * self.chance.random())
+            return
         chosen = self.chance.sample(names, self.chance.randint(1, len(names)))
         self._cut([(client, name) for name in chosen], one_way=self.chance.random() < 0.3)
 
     def _hosts(self) -> list[str]:
         return [*self.world.machines, *(worker.host for worker in self.world.workers)]
 
-    def _cut(self, pairs: list[tuple[str, str]], one_way: bool = False) -> None:
+    def _cut(self, pairs: list[tuple[str, str]], one_way: bool = False, for_s: float | None = None) -> None:
         network = self.world.network
         nodes = [f"{here}{'>' if one_way else '-'}{there}" for here, there in pairs if here[0] == there[0] == "n"]
         self._tell("cut", links=" ".join(nodes) or pairs[0][0])
@@ -242,7 +246,7 @@ class Nemesis(RareFaults):
             for here, there in pairs:
                 network.uncut(here, there, one_way=one_way)
 
-        self.world.later(self._some_time_s(), heal)
+        self.world.later(self._some_time_s() if for_s is None else for_s, heal)
 
     # --- old messages again -------------------------------------------------------------------------------------------
 

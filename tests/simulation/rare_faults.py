@@ -231,10 +231,18 @@ class RareFaults:
             for machine in marooned:
                 machine.files.sync_takes = None
 
+        if self.chance.random() < 0.5:
+            # Others lead one after the other meanwhile: where the last one's log begins to differ lies further back.
+            world.later((0.3 + 0.6 * self.chance.random()) * for_s, self._hand_over_among_others, leader)
         world.later(for_s, heal)
         if slow:
             world.later(for_s + SLOW_AFTER_S, fast)
         return company
+
+    def _hand_over_among_others(self, marooned: Machine) -> None:
+        leader = self.world.leader()
+        if leader is not None and leader is not marooned and leader.process is not None and leader.node is not None:
+            leader.process.run(leader.node.raft.transfer, "", lambda _error: None)
 
     def _propose_many(self, leader: Machine, times: int) -> None:
         """Entries one by one, more than the batcher would have under way, copies of requests that came before."""

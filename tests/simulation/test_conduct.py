@@ -67,7 +67,7 @@ def test_a_leader_that_hears_nobody() -> None:
 def test_an_entry_that_is_sent_again() -> None:
     cluster = running()
     cluster.nodes["a"]._engine.set_next_index("b", cluster.nodes["a"].status().last_index)
-    with violates("repetition", "to b in term"):
+    with violates("appends in order", "to b in term"):
         cluster.commit("more")
 
 

@@ -106,7 +106,7 @@ def _small_limits(chance: Random) -> Iterator[None]:
         (sessions, "TTL_MS", ttl_ms),
         (state_machine, "TTL_MS", ttl_ms),
         # No entry of the workloads is as large: the engine would split it.
-        (engine, "APPEND_BYTES_MAX", chance.choice([4, 64, 4096]) * 1024),
+        (engine, "APPEND_BYTES_MAX", chance.choice([4, 4, 64, 4096]) * 1024),
         (raft_node, "Wal", SmallWal),
         (flush, "LOG_TAIL_BYTES", chance.choice([1, 4, 16]) * 1024),
         (state_machine, "FLUSH_REQUESTS", chance.choice([10, 40, 120])),
@@ -214,6 +214,7 @@ class World:
         for workload in self.workloads:
             await workload.finish(self.operator.client)
         await self.operator.client.close()
+        await asyncio.sleep(0.0)  # callbacks of the calls that this ended
         await self._quiet()
         self.checks.at_end()
         for workload in self.workloads:

@@ -108,7 +108,8 @@ def stamp_is_the_wall_clock(patches: Patches) -> None:
 
 @mutant("X5c")
 def first_stamp_before_the_log_is_replayed(patches: Patches) -> None:
-    """A leader whose state holds no log time yet takes its wall clock, though its log may hold one."""
+    """A leader whose state holds no log time takes its wall clock at once, though its log may hold one."""
+    patches.replace(LogClock, "is_known", property(lambda _self: True))
     patches.rewrite(LogClock, "_limit_ms", ("return wall_ms if self._is_empty else 0.0", "return wall_ms"))
 
 
