@@ -39,6 +39,9 @@ QUEUE_BYTES_MAX = 16 * 1024 * 1024
 # A peer that restarts is dialled again soon; one that stays away costs one attempt in two seconds.
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.05, 2.0
 CONNECT_TIMEOUT_S = 2.0
+# What a handshake takes at most where nothing is wrong. (Two nodes that dial each other anew at each other's call must
+# not do so for ever.)
+HANDSHAKE_S = 0.25
 # Connections that have not said who they are. Peers are few and quick; more are a port scan or a mistake.
 STRANGERS_MAX = 64
 
@@ -85,13 +88,14 @@ class StreamHandler(Protocol):
 class _Link:
     """Our way to one peer: the connection that we dial, again and again."""
 
-    __slots__ = ("address", "connection", "delay_s", "name", "timer")
+    __slots__ = ("address", "connection", "delay_s", "dialled_at", "name", "timer")
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name
         self.address = address
         self.connection: Connection | None = None
         self.delay_s = RECONNECT_MIN_S
+        self.dialled_at = 0.0
         self.timer: Timer | None = None
 
 
@@ -241,6 +245,7 @@ class Transport:
 
     def _dial(self, link: _Link) -> None:
         link.timer = None
+        link.dialled_at = self._env.clock.monotonic()
         link.connection = connection = self._connection((link.name, Purpose.MESSAGES))
         self._connect(link.address, connection)
 
@@ -334,10 +339,20 @@ class Transport:
             self._handler.peer_up(peer)
 
     def _dial_back(self, peer: str) -> None:
-        """A peer that reaches us is there: no need to wait until our next attempt is due."""
+        """A peer that reaches us is there: no need to wait until our next attempt is due, nor for one that was made
+        when it was not there, and may be lost."""
         link = self._links.get(peer)
-        if link is not None and link.timer is not None:
+        if link is None:
+            return
+        if link.timer is not None:
             link.timer.cancel()
+            self._dial(link)
+        elif (
+            link.connection is not None
+            and not link.connection.was_open
+            and self._env.clock.monotonic() - link.dialled_at > HANDSHAKE_S
+        ):
+            link.connection.abort(Unavailable(f"{peer} came up meanwhile and is dialled anew", code="closed"))
             self._dial(link)
 
     def drained(self, connection: Connection) -> None:

@@ -113,6 +113,7 @@ async def _hand_over_to_one_that_lags(world: World, name: str) -> None:
 async def _replace_behind_the_back_of(world: World, absent: str, replaced: str) -> None:
     world.story.tell("exam", "replacement behind the back of one that is down", name=absent, replaced=replaced)
     sleeper = world.machines[absent]
+    await _until_the_leader_hears(world, set(world.machines))
     sleeper.kill()
     world.machines[replaced].switch_off()
     await world.operator.replace_under_its_name(replaced)
@@ -126,14 +127,17 @@ async def _replace_behind_the_back_of(world: World, absent: str, replaced: str) 
     await world.wait(has_caught_up, CALM_WITHIN_S, f"{absent} follows {replaced}, which was replaced behind its back")
 
 
+async def _until_the_leader_hears(world: World, names: set[str]) -> None:
+    def hears_them() -> bool:
+        leader = world.leader()
+        return leader is not None and leader.node is not None and leader.node.raft.alive() >= names
+
+    await world.wait(hears_them, CALM_WITHIN_S, f"the leader hears {' '.join(sorted(names))}")
+
+
 async def _hand_over(world: World, name: str, hears: set[str] | None = None) -> None:
     """`hears`: who can answer; all, as a rule."""
-
-    def hears_all() -> bool:
-        leader, needed = world.leader(), hears or set(world.machines)
-        return leader is not None and leader.node is not None and leader.node.raft.alive() >= needed
-
-    await world.wait(hears_all, CALM_WITHIN_S, "the leader is connected with all members")
+    await _until_the_leader_hears(world, hears or set(world.machines))
     try:
         await world.operator.client.transfer_leader(name, timeout=TAKEN_OVER_S)
     except KvError as error:

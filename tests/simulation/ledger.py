@@ -54,6 +54,7 @@ class Ledger:
         self.committed: list[int] = [0, 0]
         self.configuration: Configuration | None = None  # the newest committed one
         self.configuration_index = 0
+        self._commit_in: dict[int, int] = {}  # term -> up to where its leader has committed
         self.removed: set[str] = set()  # ids of nodes whose removal was committed, once at least
         self.leaders: dict[int, str] = {}  # term -> node id
         self.votes: dict[tuple[str, int], str] = {}  # (node id, term) -> the name voted for
@@ -109,8 +110,13 @@ class Ledger:
     def is_committed(self, index: int, term: int) -> bool:
         return index < len(self.committed) and self.committed[index] == term
 
-    def commits(self, log: list[tuple[bytes, int, int]], upto: int) -> None:
-        """A leader's log is committed up to here; the caller has seen to it that it may be."""
+    def committed_before(self, term: int) -> int:
+        """Up to where leaders of earlier terms have committed."""
+        return max((index for earlier, index in self._commit_in.items() if earlier < term), default=0)
+
+    def commits(self, log: list[tuple[bytes, int, int]], upto: int, term: int) -> None:
+        """A leader of this term has committed its log up to here; the caller has seen to it that it may."""
+        self._commit_in[term] = upto
         committed = self.committed
         begin = len(committed)
         first = log[0][1]

@@ -313,7 +313,7 @@ def test_a_follower_commits_what_no_leader_has() -> None:
 
 def test_a_follower_commits_another_entry() -> None:
     ledger = Ledger(Counts())
-    ledger.commits([(data(1), 1, 0), (data(2), 2, 5)], 2)
+    ledger.commits([(data(1), 1, 0), (data(2), 2, 5)], 2, 5)
     ledger.check_follower_commit("a", 2, 5)
     with breaks("commit safety"):
         ledger.check_follower_commit("a", 2, 4)

@@ -313,7 +313,8 @@ class Watch:
         if len(votes) < configuration.quorum:
             message = f"{self.name} became leader of term {term} with the votes of {votes} in configuration"
             raise Broken("election safety", f"{message} {describe_members(configuration)}")
-        index, wal = ledger.commit, self.wal
+        # What was committed in a later term, by votes that came sooner than this one's, it need not hold.
+        index, wal = ledger.committed_before(term), self.wal
         last = before - 1 if before else wal.last_index
         if last < index or (index >= wal.first_index and wal.term_at(index) != ledger.committed[index]):
             held = wal.term_at(index) if index <= last else None
@@ -334,7 +335,7 @@ class Watch:
         # It may have stepped down in the same step, after it committed.
         if commit > ledger.commit and self.led_term == self.core._SyncObj__raftCurrentTerm:
             self._check_quorum(commit, term)
-            ledger.commits(self.entries, commit)
+            ledger.commits(self.entries, commit, self.led_term)
             self.checks.committed(self, commit)
         ledger.check_follower_commit(self.name, commit, term)
 

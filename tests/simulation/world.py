@@ -109,7 +109,7 @@ def _small_limits(chance: Random) -> Iterator[None]:
         (engine, "APPEND_BYTES_MAX", chance.choice([4, 4, 64, 4096]) * 1024),
         (raft_node, "Wal", SmallWal),
         (flush, "LOG_TAIL_BYTES", chance.choice([1, 4, 16]) * 1024),
-        (state_machine, "FLUSH_REQUESTS", chance.choice([10, 40, 120])),
+        (state_machine, "FLUSH_REQUESTS", chance.choice([10, 40, 120, 2000])),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in values]
     try:

@@ -172,6 +172,20 @@ def test_a_peer_that_restarts_and_calls_us_is_called_back_at_once(world: World, 
         assert world.time.run_until(lambda: first.transport.connected("n2")) < 0.01
 
 
+def test_a_peer_that_comes_up_while_it_is_dialled_is_dialled_anew(world: World) -> None:
+    """What was sent to a host without power is lost; the attempt would go on for the whole of its time."""
+    (first,) = world.add("n1")
+    world.network.kill("n2", silently=True)
+    first.transport.set_peers({"n2": "n2:1"})
+    world.time.advance(0.5)
+    world.network.down.discard("n2")
+    (second,) = world.add("n2")
+    second.transport.set_peers({"n1": "n1:1"})
+    assert world.time.run_until(world.are_joined) < 0.1
+    world.time.advance(5)
+    assert (first.events, second.events) == ([("up", "n2")], [("up", "n1")])
+
+
 def test_a_lost_connection_is_made_anew(world: World, pair: tuple[Node, Node]) -> None:
     first, second = pair
     assert world.network.break_streams("n1", "n2") == 2
