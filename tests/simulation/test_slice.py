@@ -110,6 +110,12 @@ REGRESSIONS: list[Regression] = [
         "314281e",
         "1f4662e",
     ),
+    Regression(
+        Options(seed=102, nodes=5),
+        "a node that came up was not dialled before an attempt from when it was down had timed out",
+        "381ac06",
+        "fdf98d0",
+    ),
 ]
 
 RUNS = list(dict.fromkeys([*SLICE, *(regression.options for regression in REGRESSIONS)]))
