@@ -273,7 +273,7 @@ class Guard:
             # refuses until it acknowledges again was sent before the answer to its first refusal. Only a lower place
             # is news: of several appends that were on their way, the first was refused for a conflict, and those
             # behind it for the gap before them.
-            next_index = max(m.next_index, engine.match_index(peer) + 1)
+            next_index = max(m.next_index, self._acked.get(peer, 0) + 1)
             if self._refused.get(peer, next_index + 1) <= next_index:
                 return [DeliverAck(peer, engine.match_index(peer) + 1, True)]
             self._refused[peer] = next_index
@@ -375,7 +375,9 @@ class Guard:
         if m.removed:
             # An answer to what was asked before a leader spoke, or by one that had this name before, says nothing.
             is_asked = m.next_term == self.elections.pre_vote_term
-            return [Removed()] if self.was_member and is_asked else self._drop("stale_removal")
+            # One that restarted may not have applied yet what made it a voter; its log says so.
+            was_member = self.was_member or self.members.is_voter(self.name)
+            return [Removed()] if was_member and is_asked else self._drop("stale_removal")
         if m.term > self.engine.term:
             return [AdoptTerm(m.term)]
         if not self.members.is_voter(self.name):

@@ -28,6 +28,7 @@ from kvstore.errors import KvError
 from kvstore.model import Member
 from kvstore.raft import engine, flush
 from kvstore.raft import node as raft_node
+from kvstore.raft.members import Configuration
 from kvstore.raft.wal import Wal
 from kvstore.state import machine as state_machine
 from kvstore.state import sessions
@@ -435,9 +436,15 @@ class World:
 
 
 def _knows_no_better(machine: Machine) -> bool:
-    """It runs, though it was removed, and was a member by all that it has applied."""
+    """It runs, though it was removed, and was a member by all that it has applied, or a voter by its log. (A learner
+    that has not applied that it is one cannot tell whether it ever was: it may still be joining.)"""
     node = machine.node
-    return node is not None and node.raft.failure is None and machine.name in member_names(node.raft.members)
+    if node is None or node.raft.failure is not None or machine.name not in member_names(node.raft.members):
+        return False
+    applied = node.machine.members
+    return any(member.name == machine.name and member.voter for member in node.raft.members) or (
+        bool(applied) and Configuration.decode(applied).get(machine.name) is not None
+    )
 
 
 def member_names(members: tuple[Member, ...]) -> list[str]:

@@ -340,8 +340,16 @@ def test_who_hears_a_leader_after_it_asked_does_not_take_itself_for_removed() ->
     assert pure.guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == []
 
 
-def test_who_was_never_a_member_is_not_stopped() -> None:
+def test_a_voter_by_its_log_that_has_applied_nothing_yet_is_told_as_well() -> None:
     pure = asking()
+    pure.guard.was_member = False
+    assert pure.guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == [Removed()]
+
+
+def test_who_was_never_a_member_is_not_stopped() -> None:
+    pure = Pure()
+    pure.guard.members = configuration("acd", "b")
+    assert pure.guard.tick(LATER)
     pure.guard.was_member = False
     assert pure.guard.receive("a", PreVoteReply(5, 6, False, removed=True), LATER) == []
 
