@@ -116,6 +116,12 @@ REGRESSIONS: list[Regression] = [
         "381ac06",
         "fdf98d0",
     ),
+    Regression(
+        Options(seed=411, nodes=3),
+        "a removed voter that restarted before it had applied its membership never heard that it was removed",
+        "783eae9",
+        "f182ccb",
+    ),
 ]
 
 RUNS = list(dict.fromkeys([*SLICE, *(regression.options for regression in REGRESSIONS)]))
