@@ -69,7 +69,6 @@ class Conduct:
         # To whom it has sent in which term up to which entry, and the lowest that was refused since the last
         # acknowledgement; nothing of a peer that may have lost some of them.
         self._sent: dict[str, tuple[int, int, float]] = {}
-        self._acknowledged: dict[tuple[str, int], int] = {}  # (peer, term) -> the highest
         self._listen(raft)
         self._listen_to_appends(raft)
 
@@ -193,13 +192,10 @@ class Conduct:
         is no lower than one before it answers what was sent before the leader heard of that one.)"""
         sent_term, last, refused = self._sent.get(peer, (0, 0, math.inf))
         is_known = sent_term == m.term
-        acknowledged = self._acknowledged.get((peer, m.term), 0)
-        if m.success:
-            self._acknowledged[peer, m.term] = max(acknowledged, m.next_index - 1)
-            if is_known:
-                self._sent[peer] = (m.term, max(last, m.next_index - 1), math.inf)
-        elif m.next_index < refused or not is_known:
-            begins = max(m.next_index, acknowledged + 1)
+        if m.success and is_known:
+            self._sent[peer] = (m.term, max(last, m.next_index - 1), math.inf)
+        elif not m.success and (m.next_index < refused or not is_known):
+            begins = max(m.next_index, self._raft._guard._acked.get(peer, 0) + 1)
             self._sent[peer] = (m.term, min(last, begins - 1) if is_known else begins - 1, m.next_index)
 
     def _appends(self, peer: str, term: int, first: int, count: int) -> None:
