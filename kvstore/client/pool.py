@@ -354,12 +354,12 @@ class Pool:
         for address in members:
             if address not in self._links and len(self._links) < ENDPOINTS_MAX:
                 self._links[address] = Link(self, address, False)
+        if status.term < self._leader_term:
+            return  # an old configuration: a node whose disk was lost may know only whom the cluster began with
         if members:
             for address, other in tuple(self._links.items()):
                 if not other.given and address not in members and other.state is LinkState.IDLE:
                     del self._links[address]
-        if status.term < self._leader_term:
-            return
         leads = link if status.role == "leader" else self._links.get(status.leader_client_address)
         if leads is None or leads is self._leader:
             self._leader_term = status.term if leads is not None else self._leader_term

@@ -19,7 +19,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from kvstore.raft import messages
-from kvstore.raft.guard import Action, Deliver, Send
+from kvstore.raft.guard import Action, Campaign, Deliver, Send
+from kvstore.raft.members import Configuration
 from kvstore.raft.messages import (
     AppendEntries,
     AppendReply,
@@ -62,18 +63,26 @@ class Conduct:
         self._leader = ""
         self._grants: dict[int, set[str]] = {}  # term -> who granted a pre-vote for it; of the newest few terms
         self._asked_for = 0  # the term that the leader asked this node to raise
+        self._campaign: tuple[int, Configuration] | None = None  # the term, and what was in force as it began
         self._answered_at: dict[str, float] = {}  # what a leader heard from whom, in this term of its own
         self._led_term = 0
         self._led_from = 0.0
         self._quorum_of: object = None
-        # To whom it has sent in which term up to which entry, and the lowest that was refused since the last
-        # acknowledgement; nothing of a peer that may have lost some of them.
-        self._sent: dict[str, tuple[int, int, float]] = {}
+        # To whom it has sent in which term up to which entry; nothing of a peer that may have lost some of them.
+        self._sent: dict[str, tuple[int, int]] = {}
+        # (peer, term) -> the lowest that it refused on this connection since its last acknowledgement
+        self._refused: dict[tuple[str, int], int] = {}
         self._listen(raft)
         self._listen_to_appends(raft)
 
     def _listen(self, raft: Any) -> None:
         build_engine, tick, peer_down, send = raft._build_engine, raft._tick, raft.peer_down, raft._transport.send
+        act = raft._act
+
+        def acting(todo: list[Action], now: float) -> None:
+            if any(isinstance(action, Campaign) for action in todo):
+                self._campaign = (raft._engine.term + 1, self._watch.configuration())
+            act(todo, now)
 
         def building() -> None:
             build_engine()
@@ -94,6 +103,7 @@ class Conduct:
                 self._watch._judge(self._asks_for_votes, messages.decode(body))
             return send(peer, body)  # type: ignore[no-any-return]
 
+        raft._act = acting
         raft._build_engine, raft._tick, raft.peer_down, raft._transport.send = building, ticking, losing, sending
         self._listen_to_guard()
 
@@ -129,6 +139,8 @@ class Conduct:
 
         def connected(name: str) -> None:
             self._sent.pop(name, None)
+            for key in [key for key in self._refused if key[0] == name]:
+                del self._refused[key]
             peer_up(name)
 
         def disconnected(name: str) -> None:
@@ -182,7 +194,10 @@ class Conduct:
         granted = {name, *self._grants.get(m.term, ())}
         for term in [term for term in self._grants if term < m.term]:
             del self._grants[term]
-        configuration = self._watch.configuration()
+        # What is sent now may have waited for the disk, and the log may have changed meanwhile.
+        began_in, configuration = self._campaign or (0, self._watch.configuration())
+        if began_in != m.term:
+            configuration = self._watch.configuration()
         if len(granted & configuration.voters) < configuration.quorum:
             told = ", ".join(sorted(granted - {name})) or "nobody"
             raise Broken("pre-vote", f"{name} raises its term to {m.term}, for which {told} granted a pre-vote")
@@ -190,21 +205,24 @@ class Conduct:
     def _answered(self, peer: str, m: AppendReply) -> None:
         """Its next append to this peer continues what it sent, or begins at the lowest refused entry. (A refusal that
         is no lower than one before it answers what was sent before the leader heard of that one.)"""
-        sent_term, last, refused = self._sent.get(peer, (0, 0, math.inf))
+        sent_term, last = self._sent.get(peer, (0, 0))
         is_known = sent_term == m.term
-        if m.success and is_known:
-            self._sent[peer] = (m.term, max(last, m.next_index - 1), math.inf)
-        elif not m.success and (m.next_index < refused or not is_known):
+        if m.success:
+            self._refused.pop((peer, m.term), None)
+            if is_known:
+                self._sent[peer] = (m.term, max(last, m.next_index - 1))
+        elif m.next_index < self._refused.get((peer, m.term), math.inf):
+            self._refused[peer, m.term] = m.next_index
             begins = max(m.next_index, self._raft._guard._acked.get(peer, 0) + 1)
-            self._sent[peer] = (m.term, min(last, begins - 1) if is_known else begins - 1, m.next_index)
+            self._sent[peer] = (m.term, min(last, begins - 1) if is_known else begins - 1)
 
     def _appends(self, peer: str, term: int, first: int, count: int) -> None:
-        sent_term, last, refused = self._sent.get(peer, (0, 0, math.inf))
+        sent_term, last = self._sent.get(peer, (0, 0))
         if sent_term == term and first != last + 1:
             what = "they may not be lost" if first <= last else "those between were refused, or never sent"
             message = f"{self._watch.name} sends entries from {first} on to {peer} in term {term}, after {last}"
             raise Broken("appends in order", f"{message}; {what}", first, last)
-        self._sent[peer] = (term, first + count - 1, refused if sent_term == term else math.inf)
+        self._sent[peer] = (term, first + count - 1)
 
     def _leads(self, now: float) -> None:
         """It leads, and its engine has just had the occasion not to."""

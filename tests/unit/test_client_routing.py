@@ -357,6 +357,21 @@ async def test_members_are_learned_and_forgotten(cluster: FakeCluster) -> None:
         await until(lambda: extra.address not in kv._pool._links)
 
 
+async def test_an_old_configuration_makes_nobody_forgotten(cluster: FakeCluster) -> None:
+    """A node whose disk was lost knows only whom the cluster began with; the others may all be elsewhere by now."""
+    async with kvstore.connect(cluster.nodes[0].address) as kv:
+        await kv.put(b"a", b"1")
+        pool, status = kv._pool, await kv.status()
+        await until(lambda: len(pool._links) == len(cluster.nodes) and pool._leader_term > 0)
+        (link,) = [link for link in pool._links.values() if link.given]
+        learned = set(pool._links)
+        alone = tuple(member for member in status.members if member.client_address == link.address)
+        pool.learn(link, msgspec.structs.replace(status, term=0, role="follower", members=alone))
+        assert set(pool._links) == learned
+        pool.learn(link, msgspec.structs.replace(status, members=alone))
+        assert {address for address in pool._links if pool._links[address].channel is None} <= {link.address}
+
+
 async def test_status_of_a_certain_node(cluster: FakeCluster) -> None:
     async with kvstore.connect(cluster.endpoints) as kv:
         for node in cluster.nodes:
