@@ -122,6 +122,12 @@ REGRESSIONS: list[Regression] = [
         "783eae9",
         "f182ccb",
     ),
+    Regression(
+        Options(seed=641, nodes=3),
+        "a client believed a node whose disk was lost about the members, and forgot where the others had gone",
+        "2604dc2",
+        "e8a1bda",
+    ),
 ]
 
 RUNS = list(dict.fromkeys([*SLICE, *(regression.options for regression in REGRESSIONS)]))
