@@ -15,6 +15,7 @@ import os
 
 from kvstore.client.client import Client
 from kvstore.client.connection import parse_endpoints
+from kvstore.client.lease import Lease
 from kvstore.client.transaction import Transaction
 from kvstore.embedded import open_embedded
 from kvstore.errors import (
@@ -32,6 +33,9 @@ from kvstore.model import (
     Compare,
     Delete,
     DeleteResult,
+    DoneResult,
+    LeaseResult,
+    LeaseStatus,
     Member,
     NodeStatus,
     Operation,
@@ -58,8 +62,12 @@ __all__ = [
     "Compare",
     "Delete",
     "DeleteResult",
+    "DoneResult",
     "InternalError",
     "KvError",
+    "Lease",
+    "LeaseResult",
+    "LeaseStatus",
     "Member",
     "NodeStatus",
     "Operation",

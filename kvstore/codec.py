@@ -91,7 +91,7 @@ class ReadLevel:
 
 
 class Read(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=3):
-    """A Range, or a Txn that only reads. A `local` read answers only from a revision of at least `min_revision`."""
+    """What only reads. A `local` read answers only from a revision of at least `min_revision`."""
 
     id: int
     level: int
@@ -183,7 +183,7 @@ Frame = Union[ClientFrame, ServerFrame]
 
 _encoder = msgspec.msgpack.Encoder()
 _mutation_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Mutation)
-_read_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Union[model.Range, model.Txn])
+_read_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Read)
 _result_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Result)
 _batch_decoder: msgspec.msgpack.Decoder[Batch] = msgspec.msgpack.Decoder(Batch)
 _client_frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ClientFrame)
@@ -200,7 +200,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], data: Buffer, what: str, code:
         raise Refused(f"not a valid {what}: {error}", code=code) from None
 
 
-def encode_request(request: model.Mutation) -> bytes:
+def encode_request(request: model.Mutation | model.Read) -> bytes:
     return _encoder.encode(request)
 
 
@@ -210,9 +210,9 @@ def decode_mutation(data: Buffer) -> model.Mutation:
     return mutation
 
 
-def decode_read(data: Buffer) -> model.Range | model.Txn:
+def decode_read(data: Buffer) -> model.Read:
     """Raises `Refused(invalid_request)`."""
-    read: model.Range | model.Txn = _decode(_read_decoder, data, "read", "invalid_request")
+    read: model.Read = _decode(_read_decoder, data, "read", "invalid_request")
     return read
 
 

@@ -86,7 +86,10 @@ REFUSED_CODES = frozenset(
         "not_a_number",  # Add met a value that is no signed 64-bit decimal
         "out_of_range",  # Add would leave [min, max]
         "overflow",  # Add would leave the signed 64-bit range
-        "lease_not_found",
+        "lease_not_found",  # never granted, revoked, or expired
+        "lease_exists",
+        "lease_full",  # too many records under one lease
+        "too_many_leases",
         "revision_compacted",
         "revision_in_future",
         "session_expired",  # unknown or expired session

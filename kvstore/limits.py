@@ -9,7 +9,21 @@ from __future__ import annotations
 
 from kvstore import model
 from kvstore.errors import Refused
-from kvstore.model import Add, Compact, Compare, Delete, Put, Range, Target, Txn
+from kvstore.model import (
+    Add,
+    Compact,
+    Compare,
+    Delete,
+    DescribeLease,
+    GrantLease,
+    KeepLease,
+    ListLeases,
+    Put,
+    Range,
+    RevokeLease,
+    Target,
+    Txn,
+)
 
 
 def check_mutation(request: model.Mutation, size_bytes: int) -> None:
@@ -26,13 +40,43 @@ def check_mutation(request: model.Mutation, size_bytes: int) -> None:
         _check_operation(request, ())  # type: ignore[arg-type]
     elif kind is Compact and request.revision < 1:  # type: ignore[union-attr]
         raise Refused("revision must be at least 1", code="invalid_request")
+    elif kind is GrantLease:
+        _check_grant(request)  # type: ignore[arg-type]
+    elif kind is KeepLease or kind is RevokeLease:
+        _check_lease(request.lease, 1)  # type: ignore[union-attr]
 
 
-def check_read(request: Range | Txn, size_bytes: int) -> None:
+def check_read(request: model.Read, size_bytes: int) -> None:
     """Raises `Refused`; also where a transaction holds anything but ranges."""
+    if isinstance(request, DescribeLease):
+        _check_lease(request.lease, 1)
+        return
+    if isinstance(request, ListLeases):
+        if request.after < 0 or request.limit < 0:
+            raise Refused("after and limit must not be negative", code="invalid_request")
+        return
     check_mutation(request, size_bytes)
     if isinstance(request, Txn) and not is_read_only(request):
         raise Refused("a read may hold only ranges; send a transaction that writes as a write", code="invalid_request")
+
+
+def _check_grant(grant: GrantLease) -> None:
+    _check_lease(grant.lease, 0)
+    if not model.LEASE_TTL_MS_MIN <= grant.ttl_ms <= model.LEASE_TTL_MS_MAX:
+        raise Refused(
+            f"a lease lives at least {model.LEASE_TTL_MS_MIN} ms and at most {model.LEASE_TTL_MS_MAX} ms, "
+            f"not {grant.ttl_ms}",
+            code="invalid_request",
+        )
+
+
+def _check_lease(lease: int, least: int, path: tuple[int, ...] = ()) -> None:
+    if not least <= lease <= model.LEASE_ID_MAX:
+        raise Refused(
+            f"the id of a lease is a number from {least} to {model.LEASE_ID_MAX}, not {lease}",
+            code="invalid_request",
+            operation=path,
+        )
 
 
 def is_read_only(txn: Txn) -> bool:
@@ -86,6 +130,8 @@ def _check_operation(operation: Put | Delete | Range | Add | Txn, path: tuple[in
     if kind is Put:
         _check_key(operation.key, path)  # type: ignore[union-attr]
         _check_bytes("value", operation.value)  # type: ignore[union-attr]
+        if operation.lease:  # type: ignore[union-attr]
+            _check_lease(operation.lease, 0, path)  # type: ignore[union-attr]
         size = len(operation.value)  # type: ignore[union-attr]
         if size > model.VALUE_BYTES_MAX:
             raise Refused(

@@ -25,6 +25,11 @@ VALUE_BYTES_MAX = 1024 * 1024
 REQUEST_BYTES_MAX = 1536 * 1024
 RESULT_BYTES_MAX = 1024 * 1024
 TXN_OPERATIONS_MAX = 1024
+LEASE_TTL_MS_MIN = 1000  # the leader looks once a second for what has expired
+LEASE_TTL_MS_MAX = 10 * 365 * 24 * 3600 * 1000  # who needs more needs none
+LEASE_KEYS_MAX = 16_384  # they are all deleted in one entry
+LEASE_ID_MAX = 2**63 - 1
+LEASES_LISTED_MAX = 10_000
 TXN_DEPTH_MAX = 8  # nested transactions; deeper ones would only hide how many operations there are
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -177,7 +182,63 @@ class Compact(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, 
     revision: int
 
 
-Mutation = Union[Put, Delete, Add, Range, Txn, OpenSession, CloseSession, KeepSession, ExpireSessions, Compact]
+class GrantLease(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=21):
+    """Grant a lease that lives `ttl_ms` of log time after this or its last keep-alive. `lease` is the id that the
+    client chose for it; 0 has the store choose one."""
+
+    ttl_ms: int
+    lease: int = 0
+
+
+class RevokeLease(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=22):
+    """End a lease and delete its records."""
+
+    lease: int
+
+
+class KeepLease(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=23):
+    """Let a lease live for its whole time to live from now on."""
+
+    lease: int
+
+
+class ExpireLeases(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=24):
+    """End leases whose time has passed in log time. Proposed by the leader, never by a client."""
+
+
+class DescribeLease(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=25):
+    """A read: how long a lease has to live; `keys` asks for those of its records."""
+
+    lease: int
+    keys: bool = False
+
+
+class ListLeases(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=26):
+    """A read: the ids of leases above `after`, in order, at most `limit` (0: as many as one result holds)."""
+
+    after: int = 0
+    limit: int = 0
+
+
+Read = Union[Range, Txn, DescribeLease, ListLeases]
+"""What only reads; a Txn must hold nothing but ranges."""
+
+Mutation = Union[
+    Put,
+    Delete,
+    Add,
+    Range,
+    Txn,
+    OpenSession,
+    CloseSession,
+    KeepSession,
+    ExpireSessions,
+    Compact,
+    GrantLease,
+    RevokeLease,
+    KeepLease,
+    ExpireLeases,
+]
 """What may stand in a log entry. (A Range stands there only inside a transaction that also writes, or when a client
 asks for its read to be ordered with its writes.)"""
 
@@ -234,6 +295,31 @@ class DoneResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
     count: int = 0
 
 
+class LeaseResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=22):
+    """Answer to GrantLease and KeepLease."""
+
+    revision: int
+    lease: int
+    ttl_ms: int
+
+
+class LeaseStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=23):
+    """Answer to DescribeLease. `keys` is empty where they were not asked for; `key_count` is how many there are."""
+
+    lease: int
+    ttl_ms: int
+    remaining_ms: int
+    key_count: int
+    keys: tuple[bytes, ...] = ()
+
+
+class LeaseList(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=24):
+    """Answer to ListLeases. `more`: there are others above the last one."""
+
+    leases: tuple[int, ...]
+    more: bool = False
+
+
 class ErrorResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=127):
     """A refusal, as a result: the request changed nothing. `operation` is as in `errors.KvError`."""
 
@@ -252,6 +338,9 @@ Result = Union[
     SessionResult,
     CompactResult,
     DoneResult,
+    LeaseResult,
+    LeaseStatus,
+    LeaseList,
     ErrorResult,
 ]
 

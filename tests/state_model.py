@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from msgspec import Raw
 
 from kvstore import codec
@@ -20,10 +21,16 @@ from kvstore.model import (
     Compare,
     Delete,
     DeleteResult,
+    DescribeLease,
     DoneResult,
     ErrorResult,
+    ExpireLeases,
     ExpireSessions,
+    GrantLease,
+    KeepLease,
     KeepSession,
+    LeaseResult,
+    LeaseStatus,
     OpenSession,
     Put,
     PutResult,
@@ -31,6 +38,7 @@ from kvstore.model import (
     RangeResult,
     Record,
     Relation,
+    RevokeLease,
     SessionResult,
     SortBy,
     Target,
@@ -85,6 +93,12 @@ class ModelSession:
     answers: dict[int, Any] = field(default_factory=dict)
 
 
+@dataclass
+class ModelLease:
+    ttl_ms: int
+    deadline_ms: int
+
+
 class Model:
     def __init__(self) -> None:
         self.states: list[State] = [{}]  # by revision
@@ -93,6 +107,7 @@ class Model:
         self.members = b""
         self.index = 0
         self.sessions: dict[int, ModelSession] = {}
+        self.leases: dict[int, ModelLease] = {}
 
     @property
     def revision(self) -> int:
@@ -152,6 +167,13 @@ class Model:
             for session_id in ended:
                 del self.sessions[session_id]
             return DoneResult(self.revision, len(ended))
+        if isinstance(request, (GrantLease, KeepLease, RevokeLease)):
+            return self._lease(position, request)
+        if isinstance(request, ExpireLeases):
+            ended = [one for one, lease in self.leases.items() if lease.deadline_ms <= self.log_time_ms]
+            for lease_id in sorted(ended, key=lambda one: (self.leases[one].deadline_ms, one)):
+                self._end_lease(lease_id)
+            return DoneResult(self.revision, len(ended))
         if isinstance(request, Compact):
             if request.revision > self.revision:
                 return ErrorResult("revision_in_future", "")
@@ -160,6 +182,38 @@ class Model:
             self.compacted = request.revision
             return CompactResult(request.revision)
         return self.operate(request)
+
+    def _lease(self, position: int, request: GrantLease | KeepLease | RevokeLease) -> Any:
+        if isinstance(request, GrantLease):
+            lease_id = request.lease or self.index * 65536 + position
+            if lease_id in self.leases:
+                return ErrorResult("lease_exists", "")
+            self.leases[lease_id] = ModelLease(request.ttl_ms, self.log_time_ms + request.ttl_ms)
+            return LeaseResult(self.revision, lease_id, request.ttl_ms)
+        lease = self.leases.get(request.lease)
+        if lease is None:
+            return ErrorResult("lease_not_found", "")
+        if isinstance(request, KeepLease):
+            lease.deadline_ms = self.log_time_ms + lease.ttl_ms
+            return LeaseResult(self.revision, request.lease, lease.ttl_ms)
+        deleted = self._end_lease(request.lease)
+        return DoneResult(self.revision, deleted)
+
+    def _end_lease(self, lease_id: int) -> int:
+        del self.leases[lease_id]
+        state = {key: record for key, record in self.now.items() if record.lease != lease_id}
+        deleted = len(self.now) - len(state)
+        if deleted:
+            self.states.append(state)
+        return deleted
+
+    def lease_status(self, request: DescribeLease, log_time_ms: int) -> Any:
+        lease = self.leases.get(request.lease)
+        if lease is None:
+            return ErrorResult("lease_not_found", "")
+        keys = tuple(sorted(key for key, record in self.now.items() if record.lease == request.lease))
+        remaining_ms = max(0, lease.deadline_ms - max(log_time_ms, self.log_time_ms))
+        return LeaseStatus(request.lease, lease.ttl_ms, remaining_ms, len(keys), keys if request.keys else ())
 
     def operate(self, request: Any, write: bool = True) -> Any:
         before, state = self.now, dict(self.now)
@@ -179,10 +233,10 @@ class Model:
     def _operation(self, before: State, state: State, request: Any) -> Any:
         next_revision = self.revision + 1
         if isinstance(request, Put):
-            if request.lease:
+            if request.lease and request.lease not in self.leases:
                 raise Refused("", code="lease_not_found")
             old = state.get(request.key)
-            self._set(state, request.key, request.value)
+            self._set(state, request.key, request.value, request.lease)
             return PutResult(next_revision, old if request.prev else None)
         if isinstance(request, Add):
             old = state.get(request.key)
@@ -194,7 +248,7 @@ class Model:
                 raise Refused("", code="overflow")
             if (request.min is not None and number < request.min) or (request.max is not None and number > request.max):
                 raise Refused("", code="out_of_range")
-            self._set(state, request.key, str(number).encode())
+            self._set(state, request.key, str(number).encode(), 0 if old is None else old.lease)
             return AddResult(next_revision, number)
         if isinstance(request, Delete):
             doomed = [state[key] for key in sorted(state) if in_range(key, request.start, request.end)]
@@ -214,12 +268,12 @@ class Model:
                 raise Refused("", code=refusal.code, operation=(position, *refusal.operation)) from None
         return TxnResult(self.revision + (state != before), succeeded, tuple(results))
 
-    def _set(self, state: State, key: bytes, value: bytes) -> None:
+    def _set(self, state: State, key: bytes, value: bytes, lease: int) -> None:
         revision, old = self.revision + 1, state.get(key)
         if old is None:
-            state[key] = Record(key, value, revision, revision, 1)
+            state[key] = Record(key, value, revision, revision, 1, lease)
         else:
-            state[key] = Record(key, value, old.create_revision, revision, old.version + 1)
+            state[key] = Record(key, value, old.create_revision, revision, old.version + 1, lease)
 
     def _range(self, before: State, state: State, request: Range) -> RangeResult:
         revision = self.revision + (state != before)
@@ -239,7 +293,7 @@ class Model:
         if request.limit:
             records = records[: request.limit]
         if request.keys_only:
-            records = [Record(one.key, b"", one.create_revision, one.mod_revision, one.version) for one in records]
+            records = [msgspec.structs.replace(record, value=b"") for record in records]
         return RangeResult(revision, tuple(records), count, len(records) < count)
 
 

@@ -60,17 +60,18 @@ def get(
 @click.command(cls=NumbersAreArguments)
 @click.argument("key")
 @click.argument("value")
+@click.option("--lease", type=click.IntRange(0, model.LEASE_ID_MAX), default=0, help="Delete it when this lease ends.")
 @encoding_option
 @output_option
 @connection_options
-def put(key: str, value: str, encoding: str, output: str, connection: Connection) -> None:
+def put(key: str, value: str, lease: int, encoding: str, output: str, connection: Connection) -> None:
     """Set a key. A VALUE of - reads it from standard input, as it is.
 
     Write -- before a KEY or VALUE that begins with a dash and is no number: kvstore put -- greeting -hello-
     """
     name = to_bytes(key, encoding)
     data = sys.stdin.buffer.read(model.VALUE_BYTES_MAX + 1) if value == "-" else to_bytes(value, encoding)
-    result = connection.call(lambda client: client.put(name, data))
+    result = connection.call(lambda client: client.put(name, data, lease=lease))
     if output == "json":
         print_json({"revision": result.revision})
     else:

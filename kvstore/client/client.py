@@ -28,6 +28,7 @@ from kvstore import codec, limits, model
 from kvstore.client.call import AdminCall, Call, Dispatcher, ReadCall, WriteCall
 from kvstore.client.connection import Connector, TcpConnector
 from kvstore.client.deadlines import Deadlines
+from kvstore.client.lease import Lease
 from kvstore.client.pool import Pool, Route
 from kvstore.client.session import Sessions
 from kvstore.client.transaction import Transaction, key_after
@@ -40,6 +41,14 @@ from kvstore.model import (
     Compare,
     Delete,
     DeleteResult,
+    DescribeLease,
+    DoneResult,
+    GrantLease,
+    KeepLease,
+    LeaseList,
+    LeaseResult,
+    LeaseStatus,
+    ListLeases,
     Member,
     NodeStatus,
     Operation,
@@ -48,6 +57,7 @@ from kvstore.model import (
     Range,
     RangeResult,
     Record,
+    RevokeLease,
     SortBy,
     Txn,
     TxnResult,
@@ -149,11 +159,18 @@ class Client:
 
     # --- writes -------------------------------------------------------------------------------------------------------
 
-    async def put(self, key: bytes, value: bytes, *, prev: bool = False, timeout: float | None = None) -> PutResult:
-        """Set `key` to `value`. With `prev`, the result holds the record as it was (None if there was none)."""
+    async def put(
+        self, key: bytes, value: bytes, *, lease: int = 0, prev: bool = False, timeout: float | None = None
+    ) -> PutResult:
+        """Set `key` to `value`. With `prev`, the result holds the record as it was (None if there was none).
+
+        With `lease`, the record is deleted when that lease ends; without, it stays, also if it was under one before.
+        Raises `Refused`: `lease_not_found`, `lease_full`.
+        """
         _check_bytes("key", key)
         _check_bytes("value", value)
-        return _expect(await self._write(Put(key, value, 0, prev), timeout), PutResult)
+        _check_int("lease", lease)
+        return _expect(await self._write(Put(key, value, lease, prev), timeout), PutResult)
 
     async def delete(
         self, key: bytes, end: bytes | None = None, *, prev: bool = False, timeout: float | None = None
@@ -214,6 +231,50 @@ class Client:
         on."""
         _check_int("revision", revision)
         return _expect(await self._write(Compact(revision), timeout), CompactResult)
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    def lease(self, ttl_s: float, *, on_lost: Callable[[], object] | None = None) -> Lease:
+        """A lease for as long as a block runs, kept alive meanwhile: `async with kv.lease(10) as lease: ...`. Leaving
+        the block revokes it, and deletes its records. `on_lost` is called if it is lost before that."""
+        _ttl_ms(ttl_s)
+        return Lease(self, ttl_s, on_lost)
+
+    async def grant_lease(self, ttl_s: float, *, lease: int = 0, timeout: float | None = None) -> LeaseResult:
+        """Grant a lease that lives `ttl_s` seconds (one at least) after this or its last keep-alive. `lease` is an id
+        of your own; 0 has the store choose. Raises `Refused`: `lease_exists`, `too_many_leases`."""
+        _check_int("lease", lease)
+        return _expect(await self._write(GrantLease(_ttl_ms(ttl_s), lease), timeout), LeaseResult)
+
+    async def keep_lease(self, lease: int, *, timeout: float | None = None) -> LeaseResult:
+        """Let a lease live for its whole time from now on. Raises `Refused(lease_not_found)`."""
+        _check_int("lease", lease)
+        return _expect(await self._write(KeepLease(lease), timeout), LeaseResult)
+
+    async def revoke_lease(self, lease: int, *, timeout: float | None = None) -> DoneResult:
+        """End a lease and delete its records, in one revision. `count` is how many there were. Raises
+        `Refused(lease_not_found)`."""
+        _check_int("lease", lease)
+        return _expect(await self._write(RevokeLease(lease), timeout), DoneResult)
+
+    async def lease_status(self, lease: int, *, keys: bool = False, timeout: float | None = None) -> LeaseStatus:
+        """How long a lease has to live, and how many records are under it; with `keys`, which. Raises
+        `Refused(lease_not_found)`."""
+        _check_int("lease", lease)
+        request = DescribeLease(lease, bool(keys))
+        return _expect(await self._read(request, codec.ReadLevel.LINEARIZABLE, 0, timeout, Route.ANY), LeaseStatus)
+
+    async def leases(self, *, timeout: float | None = None) -> AsyncIterator[int]:
+        """The ids of all leases, in order, a page at a time; `timeout` is for each page."""
+        after, more = 0, True
+        while more:
+            request = ListLeases(after)
+            answer = await self._read(request, codec.ReadLevel.LINEARIZABLE, 0, timeout, Route.ANY)
+            page = _expect(answer, LeaseList)
+            for lease in page.leases:
+                yield lease
+            more = page.more
+            after = page.leases[-1] if page.leases else after
 
     # --- reads --------------------------------------------------------------------------------------------------------
 
@@ -417,7 +478,7 @@ class Client:
         return await self._settle(call)
 
     async def _read(
-        self, request: Range | Txn, level: int, revision: int, timeout: float | None, route: Route
+        self, request: model.Read, level: int, revision: int, timeout: float | None, route: Route
     ) -> object:
         body = _encode(request)
         limits.check_read(request, len(body))
@@ -460,7 +521,14 @@ class Client:
         return _expect(await self._write(request, timeout), TxnResult)
 
 
-def _encode(request: model.Mutation) -> bytes:
+def _ttl_ms(ttl_s: float) -> int:
+    if not model.LEASE_TTL_MS_MIN <= ttl_s * 1000 <= model.LEASE_TTL_MS_MAX:
+        least, most = model.LEASE_TTL_MS_MIN / 1000, model.LEASE_TTL_MS_MAX / 1000
+        raise ValueError(f"a lease lives at least {least:g} and at most {most:.0f} seconds, not {ttl_s!r}")
+    return round(ttl_s * 1000)
+
+
+def _encode(request: model.Mutation | model.Read) -> bytes:
     try:
         return codec.encode_request(request)
     except (OverflowError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""What the leader does unasked: end sessions whose time has passed, and compact history.
+"""What the leader does unasked: end sessions and leases whose time has passed, and compact history.
 
-Both are log entries like any other, so every node does the same at the same place; here stands only when to propose
+All are log entries like any other, so every node does the same at the same place; here stands only when to propose
 them. Looked at once a second, on the leader only, and at most one of each is under way.
 """
 
@@ -19,7 +19,8 @@ from kvstore.server.ports import Log, Machine, Proposer
 # A session or lease may outlive its time by this much; looking costs microseconds.
 _INTERVAL_S = 1.0
 
-_EXPIRE = Raw(codec.encode_request(model.ExpireSessions()))
+_EXPIRE_SESSIONS = Raw(codec.encode_request(model.ExpireSessions()))
+_EXPIRE_LEASES = Raw(codec.encode_request(model.ExpireLeases()))
 
 
 class Chores:
@@ -39,8 +40,7 @@ class Chores:
         self._batcher = batcher
         self._log = log
         self._timer: Timer | None = None
-        self._expiring = False
-        self._compacting = False
+        self._under_way: set[str] = set()
 
     def start(self) -> None:
         self._timer = self._env.scheduler.call_later(_INTERVAL_S, self._look)
@@ -52,25 +52,31 @@ class Chores:
 
     def _look(self) -> None:
         self._timer = self._env.scheduler.call_later(_INTERVAL_S, self._look)
-        if not self._raft.accepting:
+        if self._raft.accepting:
+            self._expire_leases()
+            if self._machine().expiry_due(self._log_clock.now_ms()):
+                self._begin("expiring sessions", _EXPIRE_SESSIONS)
+            revision = self._machine().compaction_due()
+            if revision is not None:
+                self._begin("compacting history", Raw(codec.encode_request(model.Compact(revision))))
+
+    def _expire_leases(self) -> None:
+        """One entry ends so many; where more are due, the next follows at once."""
+        if self._raft.accepting and self._machine().lease_expiry_due(self._log_clock.now_ms()):
+            self._begin("expiring leases", _EXPIRE_LEASES, self._expire_leases)
+
+    def _begin(self, chore: str, request: Raw, again: Callable[[], None] | None = None) -> None:
+        if chore in self._under_way:
             return
-        machine = self._machine()
-        if not self._expiring and machine.expiry_due(self._log_clock.now_ms()):
-            self._expiring = True
-            self._batcher.submit(codec.Write(0, 0, 0, 0, _EXPIRE), self._expired)
-        revision = None if self._compacting else machine.compaction_due()
-        if revision is not None:
-            self._compacting = True
-            request = Raw(codec.encode_request(model.Compact(revision)))
-            self._batcher.submit(codec.Write(0, 0, 0, 0, request), self._compacted)
+        self._under_way.add(chore)
 
-    def _expired(self, answer: codec.ServerFrame) -> None:
-        self._expiring = False
-        self._note("expiring sessions", answer)
+        def done(answer: codec.ServerFrame) -> None:
+            self._under_way.discard(chore)
+            self._note(chore, answer)
+            if again is not None and isinstance(answer, codec.Answer) and self._timer is not None:
+                self._env.scheduler.call_soon(again)
 
-    def _compacted(self, answer: codec.ServerFrame) -> None:
-        self._compacting = False
-        self._note("compacting history", answer)
+        self._batcher.submit(codec.Write(0, 0, 0, 0, request), done)
 
     def _note(self, chore: str, answer: codec.ServerFrame) -> None:
         """It is tried again a second later if still due, so a failure is only worth a line."""

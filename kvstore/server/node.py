@@ -202,8 +202,8 @@ class ServerNode:
         try:
             mutation = codec.decode_mutation(frame.request)
             limits.check_mutation(mutation, len(frame.request))
-            if type(mutation) is model.ExpireSessions:
-                raise Refused("only the leader itself ends sessions that are over")
+            if isinstance(mutation, (model.ExpireSessions, model.ExpireLeases)):
+                raise Refused("only the leader itself ends sessions and leases that are over")
             if (frame.session | frame.seq | frame.acked_below) >> 63:  # one of them is negative or has a 64th bit
                 raise Refused("session, seq and acked_below are numbers from 0 to 2^63 - 1")
         except Refused as error:
@@ -317,7 +317,7 @@ class ServerNode:
         env, raft = self._env, self._raft
         self._log_clock = LogClock(env.clock, self.machine.log_time_ms)
         self._batcher = Batcher(env, raft, self._log_clock, self._failure, self._pressed)
-        self._reads = Reads(env, raft, lambda: self.machine, self._failure)
+        self._reads = Reads(env, raft, lambda: self.machine, self._failure, self._log_clock.now_ms)
         self._chores = Chores(env, raft, lambda: self.machine, self._log_clock, self._batcher, self._log)
         raft.on_leadership = self._leadership_changed
         raft.on_applied = self._applied

@@ -126,10 +126,12 @@ class Machine(Protocol):
     def log_time_ms(self) -> int:
         """Log time of the last applied batch; 0 before the first."""
 
-    def read(self, request: model.Range | model.Txn) -> bytes:
-        """The encoded result of a read at the applied state."""
+    def read(self, request: model.Read, log_time_ms: int = 0) -> bytes:
+        """The encoded result of a read at the applied state; `log_time_ms` is log time as it would be now."""
 
     def expiry_due(self, log_time_ms: int) -> bool: ...
+
+    def lease_expiry_due(self, log_time_ms: int) -> bool: ...
 
     def compaction_due(self) -> int | None: ...
 

@@ -41,7 +41,7 @@ class Waiting(NamedTuple):
     """A checked read, and who asked."""
 
     id: int
-    request: model.Range | model.Txn
+    request: model.Read
     reply: Reply
     gate: Gate | None
 
@@ -61,8 +61,11 @@ class Reads:
         raft: Raft,
         machine: Callable[[], Machine],
         failure: Callable[[int, KvError], codec.Failure],
+        log_time_ms: Callable[[], int],
     ) -> None:
+        """`log_time_ms` gives what log time would be now."""
         self._env = env
+        self._log_time_ms = log_time_ms
         self._raft = raft
         self._machine = machine
         self._failure = failure
@@ -171,8 +174,12 @@ class Reads:
 
     def _answer(self, read: Waiting) -> int:
         """Answer one read; the size of its result."""
+        request = read.request
         try:
-            result = self._machine().read(read.request)
+            if type(request) is model.DescribeLease:
+                result = self._machine().read(request, self._log_time_ms())
+            else:
+                result = self._machine().read(request)
         except OSError as error:  # the disk; what is wrong with a read itself is its result
             read.reply(self._failure(read.id, Unavailable(f"this node cannot read: {error}", code="storage_failed")))
             return 0

@@ -7,6 +7,8 @@
 | `h` + first revision | one batch of changes: log time, and its events in order |
 | `o` + log index | what the batch at that index did to sessions: requests with their answers, openings, ends |
 | `s` + session | a session as it was after some log index |
+| `l` + lease | its time to live and its deadline, in log time |
+| `a` + lease + user key | nothing: the record of this key is under that lease |
 | `m` + name | format, position (applied index, revisions, log time …), members, epochs of `i` |
 
 **Old records are intervals.** When a record is replaced or deleted, the old one goes to `i` with the revision that
@@ -41,6 +43,8 @@ REPLACED = b"i"
 HISTORY = b"h"
 OUTCOME = b"o"
 SESSION = b"s"
+LEASE = b"l"
+ATTACHED = b"a"
 META = b"m"
 
 M_FORMAT = META + b"format"
@@ -54,6 +58,8 @@ HEADER_BYTES = _HEADER.size
 pack_header = _HEADER.pack
 unpack_header: Callable[[bytes], tuple[int, int, int, int, int]] = _HEADER.unpack_from
 MOD_REVISION = slice(9, 17)
+RECORD_LEASE = slice(25, 33)
+NO_LEASE = bytes(8)
 
 # In front of what an `i` entry holds: format and kind, and the revision that ended it.
 _ENDED = struct.Struct(">BBQ")
@@ -171,9 +177,16 @@ class SessionRecord(msgspec.Struct, array_like=True, frozen=True):
     answers: dict[int, bytes]
 
 
+class LeaseRecord(msgspec.Struct, array_like=True, frozen=True):
+    format: int
+    ttl_ms: int
+    deadline_ms: int
+
+
 encode = msgspec.msgpack.Encoder().encode
 decode_position = msgspec.msgpack.Decoder(Position).decode
 decode_epochs = msgspec.msgpack.Decoder(list[Epoch]).decode
 decode_batch_record = msgspec.msgpack.Decoder(BatchRecord).decode
 decode_outcome_record = msgspec.msgpack.Decoder(OutcomeRecord).decode
 decode_session_record = msgspec.msgpack.Decoder(SessionRecord).decode
+decode_lease_record = msgspec.msgpack.Decoder(LeaseRecord).decode

@@ -29,17 +29,25 @@ from kvstore.model import (
     Compact,
     CompactResult,
     Delete,
+    DescribeLease,
     DoneResult,
+    ExpireLeases,
     ExpireSessions,
+    GrantLease,
+    KeepLease,
     KeepSession,
+    LeaseResult,
+    ListLeases,
     OpenSession,
     Put,
     Range,
+    RevokeLease,
     SessionResult,
     Txn,
 )
 from kvstore.state import layout, txn
 from kvstore.state.layout import FORMAT, M_EPOCHS, M_FORMAT, M_MEMBERS, M_POSITION, Epoch, Position, check_format
+from kvstore.state.leases import EXPIRED_PER_ENTRY_MAX, EXPIRED_RECORDS_PER_ENTRY_MAX, Leases
 from kvstore.state.mvcc import Overlay, Records
 from kvstore.state.sessions import POSITION_BITS, TTL_MS, Sessions, expired_answer
 from kvstore.state.storage import OpenStorage, Storage, StorageFailed
@@ -69,6 +77,7 @@ class Machine:
 
     __slots__ = (
         "_idle",
+        "_leases",
         "_members",
         "_open_storage",
         "_position",
@@ -90,7 +99,8 @@ class Machine:
         try:
             position, members, epochs = _read_position(storage, path)
             sessions = Sessions.load(storage, position.outcomes_from)
-        except (msgspec.DecodeError, ValueError) as error:
+            leases = Leases.load(storage)
+        except (msgspec.DecodeError, ValueError, KeyError) as error:
             storage.close()
             raise StartupError(f"the state in {path} is damaged: {error}", code="state_damaged") from error
         except BaseException:
@@ -100,8 +110,9 @@ class Machine:
         self._position = position
         self._members = members
         self._sessions = sessions
+        self._leases = leases
         self._records = Records(storage, position.revision, position.compacted_revision, epochs)
-        self._idle = Overlay(self._records)  # the view of reads between entries
+        self._idle = Overlay(self._records, self._leases)  # the view of reads between entries
         self._unflushed_requests = 0
         self._unflushed_bytes = 0
         self._stopped = ""
@@ -167,7 +178,7 @@ class Machine:
     def _apply_batch(self, index: int, term: int, payload: bytes | memoryview) -> list[bytes]:
         entry = _decode(index, payload)
         log_time_ms = max(self._position.log_time_ms, entry.log_time_ms)
-        view = Overlay(self._records)
+        view = Overlay(self._records, self._leases)
         sessions = self._sessions
         sessions.begin(index, log_time_ms)
         admit, settle, execute = sessions.admit, sessions.settle, txn.execute
@@ -204,7 +215,7 @@ class Machine:
 
     def _apply_other(self, index: int, term: int, members: bytes | None) -> None:
         self._sessions.begin(index, self._position.log_time_ms)
-        self._commit(index, term, self._position.log_time_ms, Overlay(self._records), members)
+        self._commit(index, term, self._position.log_time_ms, Overlay(self._records, self._leases), members)
         self._unflushed_requests += 1
 
     def _commit(self, index: int, term: int, log_time_ms: int, view: Overlay, members: bytes | None) -> None:
@@ -212,6 +223,7 @@ class Machine:
         records, sessions = self._records, self._sessions
         batch = self._storage.batch()
         epochs = records.prepare(view, batch, log_time_ms)
+        view.leases.prepare(batch)
         sessions.end(batch)
         position = Position(
             FORMAT,
@@ -233,10 +245,11 @@ class Machine:
             batch.put(M_MEMBERS, members)
         self._storage.write(batch)
         records.committed(view, epochs)
+        self._leases.committed(view.leases)
         self._position = position
         if members is not None:
             self._members = members
-        self._idle = Overlay(records)
+        self._idle = Overlay(records, self._leases)
 
     def _administer(self, view: Overlay, at: int, item: codec.BatchItem) -> bytes:
         """Requests that are no operation."""
@@ -256,22 +269,62 @@ class Machine:
             return codec.encode_result(SessionResult(opened.id, TTL_MS))
         if isinstance(request, ExpireSessions):
             return codec.encode_result(DoneResult(view.revision, sessions.expire()))
-        assert isinstance(request, Compact)
-        return _compact(view, request.revision)
+        if isinstance(request, Compact):
+            return _compact(view, request.revision)
+        try:
+            return codec.encode_result(self._change_leases(view, at, request))
+        except Refused as refusal:
+            return txn.refused(refusal)
+
+    def _change_leases(self, view: Overlay, at: int, request: model.Mutation) -> LeaseResult | DoneResult:
+        now_ms = self._sessions.now_ms
+        if isinstance(request, GrantLease):
+            lease_id = request.lease or (self._position.index + 1) << POSITION_BITS | at
+            view.leases.grant(lease_id, request.ttl_ms, now_ms)
+            return LeaseResult(view.revision, lease_id, request.ttl_ms)
+        if isinstance(request, KeepLease):
+            kept = view.leases.keep(request.lease, now_ms)
+            return LeaseResult(view.revision, kept.id, kept.ttl_ms)
+        if isinstance(request, RevokeLease):
+            deleted = txn.end_lease(view, request.lease)
+            return DoneResult(view.revision, deleted)
+        assert isinstance(request, ExpireLeases)
+        count = deleted = 0
+        for lease in self._leases.expired(now_ms, view.leases):
+            deleted += txn.end_lease(view, lease.id)
+            count += 1
+            if count >= EXPIRED_PER_ENTRY_MAX or deleted >= EXPIRED_RECORDS_PER_ENTRY_MAX:
+                break
+        return DoneResult(view.revision, count)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def read(self, request: Range | Txn) -> bytes:
-        """The encoded result of a Range, or of a transaction that only reads, on the state as applied."""
+    def read(self, request: model.Read, log_time_ms: int = 0) -> bytes:
+        """The encoded result of what only reads, on the state as applied. `log_time_ms` is what log time would be
+        now; it only says how long a lease has left."""
         if type(request) is Range:
             # One key as it is now: the hottest read there is.
             if request.end is None and not (
                 request.limit or request.revision or request.keys_only or request.count_only
             ):
                 return txn.read_point(self._position.revision, request.start, self._records.get(request.start))
+        elif isinstance(request, (DescribeLease, ListLeases)):
+            return self._read_leases(request, max(log_time_ms, self._position.log_time_ms))
         elif not is_read_only(request):  # type: ignore[arg-type]
             return txn.refused(Refused("a read may hold only ranges; send it as a write"))
         return txn.execute(self._idle, request)
+
+    def _read_leases(self, request: DescribeLease | ListLeases, log_time_ms: int) -> bytes:
+        if isinstance(request, ListLeases):
+            return codec.encode_result(self._leases.list(request))
+        try:
+            return codec.encode_result(self._leases.describe(request, log_time_ms))
+        except Refused as refusal:
+            return txn.refused(refusal)
+
+    def lease_expiry_due(self, log_time_ms: int) -> bool:
+        """True if at `log_time_ms` an ExpireLeases would end a lease. Cheap: ask as often as you like."""
+        return self._leases.expiry_due(log_time_ms)
 
     def expiry_due(self, log_time_ms: int) -> bool:
         """True if at `log_time_ms` an ExpireSessions would end a session. Cheap: ask as often as you like."""
@@ -290,6 +343,7 @@ class Machine:
             layout.encode((position.revision, position.compacted_revision, position.log_time_ms, self._members))
         )
         state.update(layout.encode(self._sessions.observable()))
+        state.update(layout.encode(self._leases.observable()))
         for key, packed in self._records.scan(b"", b""):
             state.update(b"%d %d " % (len(key), len(packed)))
             state.update(key)

@@ -47,6 +47,7 @@ from kvstore.state.layout import (
     unescape,
     unpack_ended,
 )
+from kvstore.state.leases import LeaseChanges, Leases
 from kvstore.state.storage import Batch, Storage
 
 # Hot records are kept in two generations of this size each; a generation that is full becomes the older one.
@@ -348,10 +349,11 @@ class Records:
 class Overlay:
     """One batch at work. `revision` and `compacted_revision` run ahead of what is committed."""
 
-    __slots__ = ("_base", "_base_revision", "_sorted", "changes", "compacted_revision", "events", "revision")
+    __slots__ = ("_base", "_base_revision", "_sorted", "changes", "compacted_revision", "events", "leases", "revision")
 
-    def __init__(self, base: Records) -> None:
+    def __init__(self, base: Records, leases: Leases) -> None:
         self._base = base
+        self.leases = LeaseChanges(leases)
         self._base_revision = base.revision
         self.revision = base.revision
         self.compacted_revision = base.compacted_revision
@@ -365,6 +367,8 @@ class Overlay:
 
     def write(self, key: bytes, record: bytes | None, before: bytes | None, revision: int) -> None:
         """Set (or, with None, delete) a key. `before` is what `get` says of it now."""
+        if self.leases.count:  # where there are none, no record is under one
+            self.leases.written(key, record, before)
         events = self.events
         change = self.changes.get(key)
         if change is None:

@@ -101,11 +101,11 @@ class Sessions:
         "_deadlines",
         "_ended",
         "_index",
-        "_now_ms",
         "_opened",
         "_outcomes",
         "_unwritten",
         "by_id",
+        "now_ms",
         "outcomes_from",
     )
 
@@ -117,7 +117,7 @@ class Sessions:
         self._deadlines: list[tuple[int, int]] = []
         self._unwritten: dict[int, int] = {}  # session -> log index of its first change that `s` lacks, oldest first
         self._index = 0
-        self._now_ms = 0
+        self.now_ms = 0
         self._opened: list[int] = []
         self._outcomes: layout.Outcomes = []
         self._ended: list[int] = []
@@ -126,7 +126,7 @@ class Sessions:
 
     def begin(self, index: int, now_ms: int) -> None:
         self._index = index
-        self._now_ms = now_ms
+        self.now_ms = now_ms
         self._opened = []
         self._outcomes = []
         self._ended = []
@@ -136,7 +136,7 @@ class Sessions:
         session = self.by_id.get(item.session)
         if session is None:
             return _EXPIRED
-        self._touch(session, self._now_ms)
+        self._touch(session, self.now_ms)
         seq, acked_below = item.seq, item.acked_below
         if acked_below > session.acked_below:
             session.acknowledge(acked_below)
@@ -164,13 +164,13 @@ class Sessions:
             return None
         session_id = self._index << POSITION_BITS | position
         self._opened.append(session_id)
-        return self._add(session_id, self._now_ms)
+        return self._add(session_id, self.now_ms)
 
     def keep(self, item: BatchItem) -> Session | None:
         """Renew, and acknowledge; None if there is no such session. Its seq means nothing."""
         session = self.by_id.get(item.session)
         if session is not None:
-            self._touch(session, self._now_ms)
+            self._touch(session, self.now_ms)
             if item.acked_below > session.acked_below:
                 session.acknowledge(item.acked_below)
             self._outcomes += (session.id, 0, item.acked_below, None)
@@ -186,7 +186,7 @@ class Sessions:
     def expire(self) -> int:
         """End the sessions whose time has passed, earliest deadline first, at most `EXPIRED_PER_ENTRY_MAX`."""
         count = 0
-        while count < EXPIRED_PER_ENTRY_MAX and self.expiry_due(self._now_ms):
+        while count < EXPIRED_PER_ENTRY_MAX and self.expiry_due(self.now_ms):
             _, session_id = heappop(self._deadlines)
             self._end(session_id)
             self._ended.append(session_id)
@@ -199,7 +199,7 @@ class Sessions:
         for session_id in self._ended:
             batch.delete(SESSION + pack_u64(session_id))
         if self._opened or self._outcomes or self._ended:
-            record = (FORMAT, self._now_ms, self._opened, self._outcomes, self._ended)
+            record = (FORMAT, self.now_ms, self._opened, self._outcomes, self._ended)
             batch.put(OUTCOME + pack_u64(index), layout.encode(record))
         unwritten = self._unwritten
         written = size_bytes = 0

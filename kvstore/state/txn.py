@@ -89,24 +89,38 @@ def _next_record(before: bytes | None, value: bytes, revision: int) -> bytes:
     return pack_header(FORMAT, create_revision, revision, version + 1, lease) + value
 
 
-def _put_record(put: Put, before: bytes | None, revision: int) -> bytes:
+def _put_record(view: Overlay, put: Put, before: bytes | None, revision: int, others: int = 0) -> bytes:
+    """`others`: writes before this one that the view does not know yet."""
     if put.lease:
-        raise Refused(f"there is no lease {put.lease}", code="lease_not_found")
+        view.leases.check_room(put.lease, others + 1)
     if before is None:
-        return pack_header(FORMAT, revision, revision, 1, 0) + put.value
+        return pack_header(FORMAT, revision, revision, 1, put.lease) + put.value
     _, create_revision, _, version, _ = unpack_header(before)
-    return pack_header(FORMAT, create_revision, revision, version + 1, 0) + put.value
+    return pack_header(FORMAT, create_revision, revision, version + 1, put.lease) + put.value
 
 
 def _put_alone(view: Overlay, put: Put) -> PutResult:
     key = put.key
     before = view.get(key)
     revision = view.revision + 1
-    view.write(key, _put_record(put, before, revision), before, revision)
+    view.write(key, _put_record(view, put, before, revision), before, revision)
     view.revision = revision
     if put.prev and before is not None:
         return PutResult(revision, record_of(key, before))
     return PutResult(revision)
+
+
+def end_lease(view: Overlay, lease_id: int) -> int:
+    """Delete the records of a lease, in one revision, and the lease. Returns how many there were. Raises
+    `Refused(lease_not_found)`."""
+    keys = sorted(view.leases.need(lease_id).keys)
+    revision = view.revision + 1
+    for key in keys:
+        view.write(key, None, view.get(key), revision)
+    if keys:
+        view.revision = revision
+    view.leases.end(lease_id)
+    return len(keys)
 
 
 def number_of(text: bytes) -> int:
@@ -182,7 +196,8 @@ class _Run:
         if kind is Put:
             key = operation.key  # type: ignore[union-attr]
             before = self._before[key] = self._view.get(key)
-            self._writes[key] = _put_record(operation, before, self._revision)  # type: ignore[arg-type]
+            packed = _put_record(self._view, operation, before, self._revision, len(self._writes))  # type: ignore[arg-type]
+            self._writes[key] = packed
             if operation.prev and before is not None:  # type: ignore[union-attr]
                 return PutResult(self._revision, self._taken(key, before))
             return PutResult(self._revision)

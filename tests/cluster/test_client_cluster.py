@@ -12,8 +12,9 @@ import pytest
 
 import kvstore
 from kvstore import Client
-from tests.client_suite import ClientSuite, KvFactory
+from tests.client_suite import KvFactory
 from tests.cluster.harness import ClusterProcesses
+from tests.lease_suite import LeaseSuite
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
     cluster.kill_all()
 
 
-class TestOnACluster(ClientSuite):
+class TestOnACluster(LeaseSuite):
     @pytest.fixture
     async def kv_factory(self, cluster: ClusterProcesses) -> AsyncIterator[KvFactory]:
         clients: list[Client] = []

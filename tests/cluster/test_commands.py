@@ -99,3 +99,23 @@ async def test_status_members_and_limits(kv: Run, cluster: ClusterProcesses) -> 
     assert (await kv("member", "transfer", "n1"))[:2] == (0, "n1 leads already\n")
     code, _, err = await kv("leave", "n7")
     assert (code, "[member_unknown]" in err) == (1, True)
+
+
+async def test_leases(kv: Run) -> None:
+    code, out, _ = await kv("lease", "grant", "60", "--id", "7", "-o", "json")
+    assert (code, json.loads(out)) == (0, {"lease": 7, "ttl_ms": 60_000})
+    assert (await kv("lease", "grant", "60", "--id", "7"))[0] == 1
+    assert (await kv("put", "a", "1", "--lease", "7"))[:2] == (0, "revision 1\n")
+    code, out, _ = await kv("lease", "show", "7", "--keys", "-o", "json")
+    shown = json.loads(out)
+    assert (code, shown["keys"], shown["key_count"]) == (0, ["a"], 1)
+    assert 0 < shown["remaining_ms"] <= 60_000
+    assert (await kv("lease", "list"))[:2] == (0, "7\n")
+    code, out, _ = await kv("lease", "keep-alive", "7", "--once")
+    assert code == 0
+    assert "lives another 60 s" in out
+    assert (await kv("lease", "revoke", "7"))[:2] == (0, "lease 7 ended, deleted 1, revision 2\n")
+    code, _, err = await kv("lease", "show", "7")
+    assert code == 1
+    assert "lease_not_found" in err
+    assert (await kv("lease", "grant", "0.5"))[0] == 2

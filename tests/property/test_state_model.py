@@ -32,12 +32,18 @@ from kvstore.model import (
     Compact,
     Compare,
     Delete,
+    DescribeLease,
+    ExpireLeases,
     ExpireSessions,
+    GrantLease,
+    KeepLease,
     KeepSession,
+    ListLeases,
     OpenSession,
     Put,
     Range,
     Relation,
+    RevokeLease,
     SessionResult,
     SortBy,
     Target,
@@ -55,7 +61,9 @@ numbers = st.sampled_from([-1, 1, -3, 5, 0, INT64_MAX, INT64_MIN])
 bounds = st.none() | st.sampled_from([-2, 0, 3, 100])
 ends = st.none() | st.just(b"") | keys
 
-puts = st.builds(Put, keys, values, st.just(0), st.booleans())
+LEASES = [1, 2, 3]
+leases = st.sampled_from(LEASES)
+puts = st.builds(Put, keys, values, st.sampled_from([0, 0, 0, *LEASES]), st.booleans())
 adds = st.builds(Add, keys, numbers, bounds, bounds)
 deletes = st.builds(Delete, keys, ends, st.booleans())
 ranges = st.builds(
@@ -89,6 +97,12 @@ def transactions(operations: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 single = puts | adds | deletes | ranges | points
 operations = single | transactions(single | transactions(single))
+lease_requests = (
+    st.builds(GrantLease, st.sampled_from([1_000, 30_000, 100_000]), st.sampled_from([0, *LEASES]))
+    | st.builds(KeepLease, leases)
+    | st.builds(RevokeLease, leases)
+    | st.just(ExpireLeases())
+)
 steps_ms = st.sampled_from([-1000, 0, 1, 20_000, 61_000])
 
 
@@ -166,6 +180,16 @@ class Replica(RuleBasedStateMachine):
             session = data.draw(st.sampled_from([0, *self.session_ids[-3:]]))
             calls.append(Call(request, session, data.draw(st.integers(1, 8)), data.draw(st.integers(0, 4))))
         self.enter(step_ms, calls)
+
+    @rule(step_ms=steps_ms, requests=st.lists(lease_requests | puts | deletes | adds, min_size=1, max_size=8))
+    def change_leases(self, step_ms: int, requests: list[Any]) -> None:
+        self.enter(step_ms, requests)
+
+    @rule(lease=leases, with_keys=st.booleans(), step_ms=steps_ms)
+    def read_a_lease(self, lease: int, with_keys: bool, step_ms: int) -> None:
+        request, log_time_ms = DescribeLease(lease, with_keys), max(0, self.model.log_time_ms + step_ms)
+        answer = codec.decode_result(self.machine.read(request, log_time_ms))
+        assert bare(answer) == bare(self.model.lease_status(request, log_time_ms))
 
     @rule(back=st.integers(-1, 12), put=st.booleans())
     def compact(self, back: int, put: bool) -> None:
@@ -253,6 +277,14 @@ class Replica(RuleBasedStateMachine):
         for at in (self.model.log_time_ms, self.model.log_time_ms + 60_000):
             passed = any(session.last_ms + 60_000 <= at for session in self.model.sessions.values())
             assert self.machine.expiry_due(at) is passed
+
+    @invariant()
+    def leases_are_the_model_s(self) -> None:
+        answer = codec.decode_result(self.machine.read(ListLeases()))
+        assert answer.leases == tuple(sorted(self.model.leases))
+        for at in (self.model.log_time_ms, self.model.log_time_ms + 30_000):
+            passed = any(lease.deadline_ms <= at for lease in self.model.leases.values())
+            assert self.machine.lease_expiry_due(at) is passed
 
     def teardown(self) -> None:
         self.machine.close()

@@ -46,6 +46,7 @@ class FakeMachine:
         self.batches: list[codec.Batch] = []
         self.records: dict[bytes, model.Record] = {}
         self.expiry_from_ms = 0
+        self.leases_due = 0  # ExpireLeases that are needed
         self.compaction: int | None = None
 
     def apply(self, payload: bytes) -> list[bytes]:
@@ -63,9 +64,11 @@ class FakeMachine:
             self.compaction = None
         elif isinstance(request, model.ExpireSessions):
             self.expiry_from_ms = 0
+        elif isinstance(request, model.ExpireLeases):
+            self.leases_due -= 1
         return model.DoneResult(self.revision)
 
-    def read(self, request: model.Range | model.Txn) -> bytes:
+    def read(self, request: model.Read, log_time_ms: int = 0) -> bytes:
         assert isinstance(request, model.Range)
         record = self.records.get(request.start)
         records = (record,) if record else ()
@@ -73,6 +76,9 @@ class FakeMachine:
 
     def expiry_due(self, log_time_ms: int) -> bool:
         return 0 < self.expiry_from_ms <= log_time_ms
+
+    def lease_expiry_due(self, log_time_ms: int) -> bool:
+        return self.leases_due > 0
 
     def compaction_due(self) -> int | None:
         return self.compaction

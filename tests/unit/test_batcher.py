@@ -300,6 +300,18 @@ def test_the_leader_ends_sessions_and_compacts_one_of_each_at_a_time() -> None:
     assert log.events == []
 
 
+def test_leases_that_one_entry_does_not_end_follow_at_once() -> None:
+    setup = Setup()
+    setup.raft.prompt = True
+    chores, _ = chores_of(setup)
+    setup.raft.machine.leases_due = 3
+    setup.world.advance(1.1)
+    assert setup.raft.machine.leases_due == 0
+    requests = [item.request for batch in setup.raft.machine.batches for item in batch.items]
+    assert requests == [model.ExpireLeases()] * 3
+    chores.stop()
+
+
 def test_a_follower_does_no_chores_and_a_failed_chore_is_logged() -> None:
     setup = Setup()
     chores, log = chores_of(setup)

@@ -12,11 +12,12 @@ import kvstore
 from kvstore import Client, OutcomeUnknown, StartupError, Unavailable
 from kvstore.embedded import EmbeddedClient, EmbeddedConnector
 from kvstore.env import Files
-from tests.client_suite import ClientSuite, KvFactory
+from tests.client_suite import KvFactory
 from tests.cluster.faulty_main import FullFiles
+from tests.lease_suite import LeaseSuite
 
 
-class TestOnAnEmbeddedStore(ClientSuite):
+class TestOnAnEmbeddedStore(LeaseSuite):
     @pytest.fixture
     async def kv_factory(self, tmp_path: Path) -> AsyncIterator[KvFactory]:
         store = kvstore.open_embedded(tmp_path / "data")

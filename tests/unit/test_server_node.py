@@ -87,6 +87,11 @@ async def test_a_write_and_then_a_read_of_it(served: tuple[ServerNode, FakeRaft]
         (write(model.Put(b"k", b"v" * (model.VALUE_BYTES_MAX + 1))), "value_too_large"),
         (write(model.Txn(success=(model.Put(b"k", b""),) * 1025)), "too_many_operations"),
         (write(model.ExpireSessions()), "invalid_request"),
+        (write(model.ExpireLeases()), "invalid_request"),
+        (write(model.GrantLease(999)), "invalid_request"),
+        (write(model.GrantLease(1000, -1)), "invalid_request"),
+        (write(model.KeepLease(0)), "invalid_request"),
+        (write(model.Put(b"a", b"", 1 << 63)), "invalid_request"),
         (write(model.Put(b"k", b"v"), session=-1), "invalid_request"),
         (write(model.Put(b"k", b"v"), seq=2**63), "invalid_request"),
         (codec.Write(7, 1, 1, 1, Raw(b"\xc1")), "invalid_request"),
@@ -370,7 +375,7 @@ class ReadSetup:
         self.raft = FakeRaft()
         self.answers = Answers()
         self.env: Environment = virtual_environment(self.world)
-        self.reads = Reads(self.env, self.raft, lambda: self.raft.machine, self._failure)  # type: ignore[arg-type]
+        self.reads = Reads(self.env, self.raft, lambda: self.raft.machine, self._failure, lambda: 0)  # type: ignore[arg-type]
         self.raft.on_applied = self.reads.applied
 
     @staticmethod

@@ -9,6 +9,7 @@ from tests.workloads.append import AppendWorkload
 from tests.workloads.bank import BankWorkload
 from tests.workloads.base import Workload
 from tests.workloads.counters import CounterWorkload
+from tests.workloads.leases import LeaseWorkload
 from tests.workloads.queue import QueueWorkload
 from tests.workloads.register import RegisterWorkload
 from tests.workloads.sale import ORDERS_PER_PRODUCT, SaleWorkload
@@ -27,7 +28,7 @@ def all_workloads(
     `chance` draws how hot their keys are. `timeout_s` is for each call. `prefix` keeps several runs on one
     cluster apart.
     """
-    share = max(1, size // 6)
+    share = max(1, size // 7)
     products = max(1, round(share * _ORDERS_SHARE / ORDERS_PER_PRODUCT))
     return [
         RegisterWorkload(
@@ -42,4 +43,5 @@ def all_workloads(
         SaleWorkload(history, timeout_s=timeout_s, products=products, prefix=prefix + b"sale/"),
         CounterWorkload(history, timeout_s=timeout_s, hot=chance.randint(1, 3), prefix=prefix + b"counters/"),
         QueueWorkload(history, timeout_s=timeout_s, prefix=prefix + b"queue/"),
+        LeaseWorkload(history, timeout_s=timeout_s, hot=chance.randint(1, 4), prefix=prefix + b"leases/"),
     ]

@@ -6,13 +6,14 @@ seed and writes the table in docs/testing.md.
 
 The mutants lie by what they break: `of_messages` (the guard's rules about replication), `of_elections` (votes,
 hand-overs, members), `of_reads`, `of_seams` (where the engine is met), `of_the_log` and `of_the_state` (durability),
-`of_requests` (exactly once, in the state machine, the server and the client).
+`of_requests` (exactly once, in the state machine, the server and the client), `of_leases`.
 """
 
 from __future__ import annotations
 
 from tests.simulation.mutants import (
     of_elections,
+    of_leases,
     of_messages,
     of_reads,
     of_requests,
@@ -26,7 +27,7 @@ __all__ = ["MUTANTS", "Mutant", "Outdated", "Patches"]
 
 _ALL = [
     mutant
-    for part in (of_messages, of_elections, of_reads, of_seams, of_the_log, of_the_state, of_requests)
+    for part in (of_messages, of_elections, of_reads, of_seams, of_the_log, of_the_state, of_requests, of_leases)
     for mutant in part.catalogue.mutants
 ]
 MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutant in _ALL}
