@@ -52,8 +52,9 @@ def check_read(request: model.Read, size_bytes: int) -> None:
         _check_lease(request.lease, 1)
         return
     if isinstance(request, ListLeases):
-        if request.after < 0 or request.limit < 0:
-            raise Refused("after and limit must not be negative", code="invalid_request")
+        _check_lease(request.after, 0)
+        if request.limit < 0:
+            raise Refused("limit must not be negative", code="invalid_request")
         return
     check_mutation(request, size_bytes)
     if isinstance(request, Txn) and not is_read_only(request):

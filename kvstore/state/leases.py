@@ -118,11 +118,6 @@ class Leases:
         keys = tuple(sorted(lease.keys)) if request.keys else ()
         return model.LeaseStatus(lease.id, lease.ttl_ms, remaining_ms, len(lease.keys), keys)
 
-    def list(self, request: model.ListLeases) -> model.LeaseList:
-        ids = sorted(lease for lease in self.by_id if lease > request.after)
-        limit = min(request.limit or model.LEASES_LISTED_MAX, model.LEASES_LISTED_MAX)
-        return model.LeaseList(tuple(ids[:limit]), len(ids) > limit)
-
     def committed(self, changes: LeaseChanges) -> None:
         """The storage has taken what `prepare` put into its batch."""
         for lease_id, lease in changes.changed.items():
@@ -229,6 +224,17 @@ class LeaseChanges:
                 batch.put(name, b"")
             else:
                 batch.delete(name)
+
+
+def listed(storage: Storage, request: model.ListLeases) -> model.LeaseList:
+    """A page of ids. Costs O(page), however many there are."""
+    limit = min(request.limit or model.LEASES_LISTED_MAX, model.LEASES_LISTED_MAX)
+    ids: list[int] = []
+    for key, _ in storage.scan(LEASE + pack_u64(request.after + 1), family_end(LEASE)):
+        if len(ids) == limit:
+            return model.LeaseList(tuple(ids), True)
+        ids.append(int.from_bytes(key[1:], "big"))
+    return model.LeaseList(tuple(ids))
 
 
 def not_found(lease_id: int) -> Refused:

@@ -47,7 +47,7 @@ from kvstore.model import (
 )
 from kvstore.state import layout, txn
 from kvstore.state.layout import FORMAT, M_EPOCHS, M_FORMAT, M_MEMBERS, M_POSITION, Epoch, Position, check_format
-from kvstore.state.leases import EXPIRED_PER_ENTRY_MAX, EXPIRED_RECORDS_PER_ENTRY_MAX, Leases
+from kvstore.state.leases import EXPIRED_PER_ENTRY_MAX, EXPIRED_RECORDS_PER_ENTRY_MAX, Leases, listed
 from kvstore.state.mvcc import Overlay, Records
 from kvstore.state.sessions import POSITION_BITS, TTL_MS, Sessions, expired_answer
 from kvstore.state.storage import OpenStorage, Storage, StorageFailed
@@ -316,7 +316,7 @@ class Machine:
 
     def _read_leases(self, request: DescribeLease | ListLeases, log_time_ms: int) -> bytes:
         if isinstance(request, ListLeases):
-            return codec.encode_result(self._leases.list(request))
+            return codec.encode_result(listed(self._storage, request))
         try:
             return codec.encode_result(self._leases.describe(request, log_time_ms))
         except Refused as refusal:
