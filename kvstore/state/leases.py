@@ -124,8 +124,7 @@ class Leases:
             if lease is None:
                 self.by_id.pop(lease_id, None)  # it may have been granted by this very batch
             else:
-                before = self.by_id.get(lease_id)
-                if before is None or lease.deadline_ms < before.deadline_ms:
+                if lease_id in changes.granted:
                     heappush(self._deadlines, (lease.deadline_ms, lease_id))
                 self.by_id[lease_id] = lease
 
@@ -134,11 +133,12 @@ class LeaseChanges:
     """What the batch at work does to leases, on top of `Leases`. Copies a lease before the first change to it, but
     its keys only where they change: a keep-alive costs the same whatever hangs on the lease."""
 
-    __slots__ = ("_attached", "_base", "_own_keys", "changed", "count")
+    __slots__ = ("_attached", "_base", "_own_keys", "changed", "count", "granted")
 
     def __init__(self, base: Leases) -> None:
         self._base = base
         self.changed: dict[int, Lease | None] = {}  # None: ended
+        self.granted: set[int] = set()  # by this batch
         self._own_keys: set[int] = set()  # leases whose keys were copied
         self._attached: dict[tuple[int, bytes], bool] = {}
         self.count = len(base.by_id)
@@ -171,6 +171,7 @@ class LeaseChanges:
             raise Refused(f"there are {LEASES_MAX} leases; let some expire first", code="too_many_leases")
         self.changed[lease_id] = Lease(lease_id, ttl_ms, now_ms + ttl_ms, {})
         self._own_keys.add(lease_id)
+        self.granted.add(lease_id)
         self.count += 1
 
     def keep(self, lease_id: int, now_ms: int) -> Lease:

@@ -183,6 +183,13 @@ def test_an_id_that_is_granted_anew_has_its_own_time(node: Node) -> None:
     assert not node.machine.lease_expiry_due(1000 * TTL_MS)
 
 
+def test_an_id_that_the_same_batch_ends_and_grants_ends_again(node: Node) -> None:
+    node.do(GrantLease(TTL_MS, 1))
+    assert node.apply(ExpireLeases(), GrantLease(TTL_MS, 1), at_ms=TTL_MS)[0] == DoneResult(0, 1)
+    assert not node.machine.lease_expiry_due(2 * TTL_MS - 1)
+    assert node.machine.lease_expiry_due(2 * TTL_MS)
+
+
 def test_one_entry_deletes_only_so_many_records(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvstore.state.machine.EXPIRED_RECORDS_PER_ENTRY_MAX", 2)
     node.apply(*(GrantLease(TTL_MS + lease, lease) for lease in (1, 2, 3)))
