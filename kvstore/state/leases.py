@@ -16,13 +16,13 @@ Bounded: `LEASES_MAX` leases, `model.LEASE_KEYS_MAX` records each (they are all 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from heapq import heapify, heappop, heappush, heapreplace
 
 from msgspec import Struct
 
 from kvstore import model
 from kvstore.errors import Refused
 from kvstore.state import layout
+from kvstore.state.deadlines import Deadlines
 from kvstore.state.layout import (
     ATTACHED,
     FORMAT,
@@ -62,9 +62,7 @@ class Leases:
 
     def __init__(self) -> None:
         self.by_id: dict[int, Lease] = {}
-        # (deadline, id), one for each lease and never later than its true deadline: keep-alives do not touch the heap;
-        # who comes to its top too early is put back with what is true by then.
-        self._deadlines: list[tuple[int, int]] = []
+        self._deadlines = Deadlines(self._deadline_of)
 
     @classmethod
     def load(cls, storage: Storage) -> Leases:
@@ -76,31 +74,25 @@ class Leases:
             leases.by_id[lease_id] = Lease(lease_id, record.ttl_ms, record.deadline_ms, {})
         for key, _ in storage.scan(ATTACHED, family_end(ATTACHED)):
             leases.by_id[int.from_bytes(key[1:9], "big")].keys[key[9:]] = None
-        leases._deadlines = [(lease.deadline_ms, lease.id) for lease in leases.by_id.values()]
-        heapify(leases._deadlines)
+        known = [(lease.deadline_ms, lease.id) for lease in leases.by_id.values()]
+        leases._deadlines = Deadlines(leases._deadline_of, known)
         return leases
 
     def expiry_due(self, log_time_ms: int) -> bool:
-        """True if some lease's time has passed. Amortised O(log n) for each lease and time to live."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][0] <= log_time_ms:
-            deadline, lease_id = deadlines[0]
-            lease = self.by_id.get(lease_id)
-            if lease is None:
-                heappop(deadlines)
-            elif lease.deadline_ms > deadline:
-                heapreplace(deadlines, (lease.deadline_ms, lease_id))
-            else:
-                return True
-        return False
+        """True if some lease's time has passed."""
+        return self._deadlines.due(log_time_ms) is not None
+
+    def _deadline_of(self, lease_id: int) -> int | None:
+        lease = self.by_id.get(lease_id)
+        return None if lease is None else lease.deadline_ms
 
     def expired(self, log_time_ms: int, changes: LeaseChanges) -> Iterator[Lease]:
         """Those whose time has passed as the batch at work has left them, earliest deadline first. Each must be ended
         before the next is asked for."""
         while self.expiry_due(log_time_ms):
-            lease = changes.find(heappop(self._deadlines)[1])
+            lease = changes.find(self._deadlines.take())
             if lease is not None and lease.deadline_ms > log_time_ms:
-                heappush(self._deadlines, (lease.deadline_ms, lease.id))  # kept alive by this very batch
+                self._deadlines.add(lease.deadline_ms, lease.id)  # kept alive by this very batch
             elif lease is not None:
                 yield lease
 
@@ -125,7 +117,7 @@ class Leases:
                 self.by_id.pop(lease_id, None)  # it may have been granted by this very batch
             else:
                 if lease_id in changes.granted:
-                    heappush(self._deadlines, (lease.deadline_ms, lease_id))
+                    self._deadlines.add(lease.deadline_ms, lease_id)
                 self.by_id[lease_id] = lease
 
 

@@ -20,12 +20,12 @@ the oldest unwritten change are no longer needed and go. At open, sessions are r
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any
 
 from kvstore.codec import BatchItem
 from kvstore.errors import Refused
 from kvstore.state import layout
+from kvstore.state.deadlines import Deadlines
 from kvstore.state.layout import (
     FORMAT,
     OUTCOME,
@@ -112,9 +112,7 @@ class Sessions:
     def __init__(self) -> None:
         self.by_id: dict[int, Session] = {}
         self.outcomes_from = 1  # the first log index whose `o` a rebuild needs; as of the last `end`
-        # (deadline, id), one for each session and never later than the session's true deadline: renewals do not touch
-        # the heap; who comes to its top too early is put back with what is true by then.
-        self._deadlines: list[tuple[int, int]] = []
+        self._deadlines = Deadlines(self._deadline_of)
         self._unwritten: dict[int, int] = {}  # session -> log index of its first change that `s` lacks, oldest first
         self._index = 0
         self.now_ms = 0
@@ -187,7 +185,7 @@ class Sessions:
         """End the sessions whose time has passed, earliest deadline first, at most `EXPIRED_PER_ENTRY_MAX`."""
         count = 0
         while count < EXPIRED_PER_ENTRY_MAX and self.expiry_due(self.now_ms):
-            _, session_id = heappop(self._deadlines)
+            session_id = self._deadlines.take()
             self._end(session_id)
             self._ended.append(session_id)
             count += 1
@@ -223,18 +221,12 @@ class Sessions:
     # --- expiry -----------------------------------------------------------------------------------------------------
 
     def expiry_due(self, log_time_ms: int) -> bool:
-        """True if some session's time has passed. Amortised O(log n) for each session and `TTL_MS`."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][0] <= log_time_ms:
-            deadline, session_id = deadlines[0]
-            session = self.by_id.get(session_id)
-            if session is None:
-                heappop(deadlines)
-            elif session.last_ms + TTL_MS > deadline:
-                heapreplace(deadlines, (session.last_ms + TTL_MS, session_id))
-            else:
-                return True
-        return False
+        """True if some session's time has passed."""
+        return self._deadlines.due(log_time_ms) is not None
+
+    def _deadline_of(self, session_id: int) -> int | None:
+        session = self.by_id.get(session_id)
+        return None if session is None else session.last_ms + TTL_MS
 
     def observable(self) -> list[tuple[int, int, int, list[tuple[int, bytes]]]]:
         """All that a client could ever learn of the sessions: (id, last_ms, acked_below, answers), in order."""
@@ -262,8 +254,8 @@ class Sessions:
             covered[session_id] = record.index
         for key, encoded in storage.scan(OUTCOME + pack_u64(outcomes_from), family_end(OUTCOME)):
             sessions._replay(int.from_bytes(key[1:], "big"), layout.decode_outcome_record(encoded), covered)
-        sessions._deadlines = [(session.last_ms + TTL_MS, session.id) for session in sessions.by_id.values()]
-        heapify(sessions._deadlines)
+        known = [(session.last_ms + TTL_MS, session.id) for session in sessions.by_id.values()]
+        sessions._deadlines = Deadlines(sessions._deadline_of, known)
         return sessions
 
     def _replay(self, index: int, record: OutcomeRecord, covered: dict[int, int]) -> None:
@@ -295,7 +287,7 @@ class Sessions:
     def _add(self, session_id: int, now_ms: int) -> Session:
         session = self.by_id[session_id] = Session(session_id, now_ms)
         self._touch(session, now_ms)
-        heappush(self._deadlines, (now_ms + TTL_MS, session_id))
+        self._deadlines.add(now_ms + TTL_MS, session_id)
         return session
 
     def _touch(self, session: Session, now_ms: int) -> None:
