@@ -428,6 +428,8 @@ class Watch:
         asking = self.checks.watch_of(candidate)
         if asking is None or not asking.engine.is_candidate or asking.engine.term != term:
             return
+        if self.wal.last_term == term:
+            return  # the vote waited for the disk; meanwhile another was elected, whose entries came after it
         theirs, ours = (asking.wal.last_term, asking.wal.last_index), (self.wal.last_term, self.wal.last_index)
         if theirs < ours:
             message = (
