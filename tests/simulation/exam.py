@@ -106,7 +106,7 @@ async def _hand_over_to_one_that_lags(world: World, name: str) -> None:
         for outcome in await asyncio.gather(*writes, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 world.violation("liveness", f"one of {len(world.machines)} nodes is down, a write fails: {outcome!r}")
-    machine.boot()
+    _boot(machine)
     await _hand_over(world, name)
 
 
@@ -118,13 +118,18 @@ async def _replace_behind_the_back_of(world: World, absent: str, replaced: str) 
     world.machines[replaced].switch_off()
     await world.operator.replace_under_its_name(replaced)
     await _hand_over(world, replaced, hears=set(world.machines) - {absent})
-    sleeper.boot()
+    _boot(sleeper)
 
     def has_caught_up() -> bool:
         leader, node = world.machines[replaced].node, sleeper.node
         return leader is not None and node is not None and node.machine.applied_index >= leader.machine.applied_index
 
     await world.wait(has_caught_up, CALM_WITHIN_S, f"{absent} follows {replaced}, which was replaced behind its back")
+
+
+def _boot(machine: Machine) -> None:
+    if machine.process is None:  # a fault from before may have been about to start it again, and did
+        machine.boot()
 
 
 async def _until_the_leader_hears(world: World, names: set[str]) -> None:
