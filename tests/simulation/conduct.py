@@ -87,6 +87,7 @@ class Conduct:
         def building() -> None:
             build_engine()
             self._listen_to_guard()
+            self._listen_to_replicas()
 
         def ticking(now: float) -> None:
             tick(now)
@@ -120,22 +121,13 @@ class Conduct:
         guard.receive = receiving
 
     def _listen_to_appends(self, raft: Any) -> None:
-        outbox, replicas = raft._outbox, raft._replicas
-        add_append, took_no_more, snapshot_sent = outbox.add_append, replicas.took_no_more, replicas._sent
-        peer_up, peer_down = raft.peer_up, raft.peer_down
+        outbox = raft._outbox
+        add_append, peer_up, peer_down = outbox.add_append, raft.peer_up, raft.peer_down
 
         def adding(peer: str, m: dict[str, Any], needs: int) -> bool:
             if m["entries"]:
                 self._watch._judge(self._appends, peer, m["term"], m["prevLogIdx"] + 1, len(m["entries"]))
             return add_append(peer, m, needs)  # type: ignore[no-any-return]
-
-        def leaving(peer: str, first_unsent: int) -> None:
-            self._sent.pop(peer, None)
-            took_no_more(peer, first_unsent)
-
-        def installed(peer: str, *outcome: Any) -> None:
-            self._sent.pop(peer, None)
-            snapshot_sent(peer, *outcome)
 
         def connected(name: str) -> None:
             self._sent.pop(name, None)
@@ -147,8 +139,22 @@ class Conduct:
             self._sent.pop(name, None)
             peer_down(name)
 
-        outbox.add_append, replicas.took_no_more, replicas._sent = adding, leaving, installed
-        raft.peer_up, raft.peer_down = connected, disconnected
+        outbox.add_append, raft.peer_up, raft.peer_down = adding, connected, disconnected
+        self._listen_to_replicas()
+
+    def _listen_to_replicas(self) -> None:
+        replicas = self._raft._replicas
+        took_no_more, snapshot_sent = replicas.took_no_more, replicas._sent
+
+        def leaving(peer: str, first_unsent: int) -> None:
+            self._sent.pop(peer, None)
+            took_no_more(peer, first_unsent)
+
+        def installed(peer: str, *outcome: Any) -> None:
+            self._sent.pop(peer, None)
+            snapshot_sent(peer, *outcome)
+
+        replicas.took_no_more, replicas._sent = leaving, installed
 
     # --- what it hears ------------------------------------------------------------------------------------------------
 
