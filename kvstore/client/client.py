@@ -259,7 +259,7 @@ class Client:
 
     async def lease_status(self, lease: int, *, keys: bool = False, timeout: float | None = None) -> LeaseStatus:
         """How long a lease has to live, and how many records are under it; with `keys`, which. Raises
-        `Refused(lease_not_found)`."""
+        `Refused`: `lease_not_found`, and with `keys` `result_too_large` where they do not fit a result of 1 MiB."""
         _check_int("lease", lease)
         request = DescribeLease(lease, bool(keys))
         return _expect(await self._read(request, codec.ReadLevel.LINEARIZABLE, 0, timeout, Route.ANY), LeaseStatus)

@@ -1,8 +1,8 @@
 """Whose time passes next, where most are renewed long before it does. Pure: time is handed in.
 
-A heap of (deadline, id), one for each id and never later than its true deadline. Renewals do not touch it; who comes to
-its top too early is put back with what is true by then. So a renewal costs nothing, and an id that lives on costs
-O(log n) in each of its times to live.
+A heap of (deadline, id), for each id one at least that is not later than its true deadline. Renewals do not touch it;
+who comes to its top too early is put back with what is true by then. So a renewal costs nothing, and an id that lives
+on costs O(log n) in each of its times to live.
 """
 
 from __future__ import annotations

@@ -43,6 +43,9 @@ LEASES_MAX = 500_000
 EXPIRED_RECORDS_PER_ENTRY_MAX = 4096
 EXPIRED_PER_ENTRY_MAX = 4096
 
+# What a key takes in a result beside its bytes, at most.
+_KEY_OVERHEAD_BYTES = 5
+
 _Keys = dict[bytes, None]
 
 
@@ -102,10 +105,16 @@ class Leases:
         return [(lease.id, lease.ttl_ms, lease.deadline_ms, sorted(lease.keys)) for lease in ordered]
 
     def describe(self, request: model.DescribeLease, log_time_ms: int) -> model.LeaseStatus:
-        """Raises `Refused(lease_not_found)`."""
+        """Raises `Refused`: `lease_not_found`, `result_too_large`."""
         lease = self.by_id.get(request.lease)
         if lease is None:
             raise not_found(request.lease)
+        if request.keys and sum(map(len, lease.keys)) + _KEY_OVERHEAD_BYTES * len(lease.keys) > model.RESULT_BYTES_MAX:
+            raise Refused(
+                f"the keys under lease {lease.id} are over the limit of {model.RESULT_BYTES_MAX} bytes for a result; "
+                "ask without them",
+                code="result_too_large",
+            )
         remaining_ms = max(0, lease.deadline_ms - log_time_ms)
         keys = tuple(sorted(lease.keys)) if request.keys else ()
         return model.LeaseStatus(lease.id, lease.ttl_ms, remaining_ms, len(lease.keys), keys)

@@ -142,6 +142,17 @@ def test_a_lease_has_only_so_many_records(node: Node, monkeypatch: pytest.Monkey
     assert code_of(node.do(Put(b"c", b"1", 1))) == "lease_full"
 
 
+def test_keys_that_no_result_holds_are_refused(node: Node) -> None:
+    keys = [b"%04d" % number + bytes(model.KEY_BYTES_MAX - 4) for number in range(256)]
+    node.do(GrantLease(TTL_MS, 1))
+    for key in keys[:-1]:
+        node.do(Put(key, b"", 1))
+    assert len(node.read(DescribeLease(1, True)).keys) == 255
+    node.do(Put(keys[-1], b"", 1))
+    assert code_of(node.read(DescribeLease(1, True))) == "result_too_large"
+    assert node.read(DescribeLease(1)).key_count == 256
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
