@@ -17,6 +17,7 @@ from kvstore.client.client import Client
 from kvstore.client.connection import parse_endpoints
 from kvstore.client.lease import Lease
 from kvstore.client.transaction import Transaction
+from kvstore.client.watch import Watch
 from kvstore.embedded import open_embedded
 from kvstore.errors import (
     InternalError,
@@ -34,6 +35,7 @@ from kvstore.model import (
     Delete,
     DeleteResult,
     DoneResult,
+    Event,
     LeaseResult,
     LeaseStatus,
     Member,
@@ -63,6 +65,7 @@ __all__ = [
     "Delete",
     "DeleteResult",
     "DoneResult",
+    "Event",
     "InternalError",
     "KvError",
     "Lease",
@@ -88,6 +91,7 @@ __all__ = [
     "Txn",
     "TxnResult",
     "Unavailable",
+    "Watch",
     "connect",
     "open_embedded",
     "prefix_end",

@@ -26,8 +26,9 @@ from kvstore.errors import Refused
 
 BATCH_FORMAT = 1
 PROTOCOL_VERSION = 1
-# A request, or a result with its keys, plus what a frame adds to it; nothing that we accept is larger.
-FRAME_BYTES_MAX = 2 * 1024 * 1024
+# An event with the largest record there is and the one that it replaced, their keys, and what a frame adds: nothing
+# that either side sends is larger.
+FRAME_BYTES_MAX = 2 * 1024 * 1024 + 64 * 1024
 _LENGTH = struct.Struct(">I")
 
 
@@ -134,7 +135,51 @@ class TransferLeader(Struct, array_like=True, forbid_unknown_fields=True, frozen
     name: str = ""
 
 
-ClientFrame = Union[Hello, Write, Read, StatusRequest, MemberAdd, MemberPromote, MemberRemove, TransferLeader]
+class Watch(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=9):
+    """Asks for the events of a key or range from a revision on (0: from now on). Answered by `Watching`; its events
+    then come in frames of the same id, until a `Failure` of that id or a `WatchCancel` ends it.
+
+    `future` allows a `from_revision` that the store has yet to reach. `window_bytes`: how many bytes of events may be
+    under way until a `WatchCredit` gives some back.
+    """
+
+    id: int
+    start: bytes
+    end: bytes | None
+    from_revision: int
+    prev: bool
+    puts: bool
+    deletes: bool
+    future: bool
+    window_bytes: int
+
+
+class WatchCredit(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=10):
+    """So many bytes of the events of watch `id` have been consumed. Has no answer."""
+
+    id: int
+    size_bytes: int
+
+
+class WatchCancel(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=11):
+    """Ends watch `id`. Has no answer, and frames that are on their way may still come."""
+
+    id: int
+
+
+ClientFrame = Union[
+    Hello,
+    Write,
+    Read,
+    StatusRequest,
+    MemberAdd,
+    MemberPromote,
+    MemberRemove,
+    TransferLeader,
+    Watch,
+    WatchCredit,
+    WatchCancel,
+]
 
 
 # --- frames, server to client ----------------------------------------------------------------------------------------
@@ -177,14 +222,54 @@ class AdminAnswer(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tr
     members: tuple[model.Member, ...] = ()
 
 
-ServerFrame = Union[Welcome, Answer, Failure, StatusAnswer, AdminAnswer]
+class Watching(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=6):
+    """The watch stands. Its first event is of `from_revision` or later."""
 
-Frame = Union[ClientFrame, ServerFrame]
+    id: int
+    from_revision: int
+
+
+class WatchEvents(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=7):
+    """Events of watch `id`, in order. With these it has every event up to `revision`; but with `more`, the events of
+    that revision itself go on in the next frame. `size_bytes` is what they take of the window."""
+
+    id: int
+    revision: int
+    events: tuple[model.Event, ...]
+    size_bytes: int
+    more: bool = False
+
+
+class WatchProgress(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=8):
+    """Every watch on this connection has its events up to `revision`, except those of `behind`. Its id is 0."""
+
+    id: int
+    revision: int
+    behind: tuple[int, ...] = ()
+
+
+ServerFrame = Union[Welcome, Answer, Failure, StatusAnswer, AdminAnswer, Watching, WatchEvents, WatchProgress]
+
+
+class RawWatchEvents(Struct, array_like=True, frozen=True, gc=False, tag=7):
+    """A `WatchEvents` whose events are encoded already: what the watch hub sends."""
+
+    id: int
+    revision: int
+    events: list[Raw]
+    size_bytes: int
+    more: bool = False
+
+
+SentFrame = Union[ServerFrame, RawWatchEvents]
+"""What a server may send."""
+Frame = Union[ClientFrame, SentFrame]
 
 _encoder = msgspec.msgpack.Encoder()
 _mutation_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Mutation)
 _read_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Read)
 _result_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Result)
+_event_decoder: msgspec.msgpack.Decoder[model.Event] = msgspec.msgpack.Decoder(model.Event)
 _batch_decoder: msgspec.msgpack.Decoder[Batch] = msgspec.msgpack.Decoder(Batch)
 _client_frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ClientFrame)
 _server_frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ServerFrame)
@@ -224,6 +309,15 @@ def decode_result(data: Buffer) -> model.Result:
     """Raises `Refused(malformed_frame)`."""
     result: model.Result = _decode(_result_decoder, data, "result", "malformed_frame")
     return result
+
+
+def encode_event(event: model.Event) -> bytes:
+    return _encoder.encode(event)
+
+
+def decode_events(events: list[Raw]) -> tuple[model.Event, ...]:
+    """Raises `Refused(malformed_frame)`."""
+    return tuple(_decode(_event_decoder, event, "event", "malformed_frame") for event in events)
 
 
 def encode_batch(log_time_ms: int, items: list[RawBatchItem]) -> bytes:

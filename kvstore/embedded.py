@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvstore.client.client import Client
-from kvstore.client.connection import ConnectionEvents, Sink
-from kvstore.codec import ClientFrame, ServerFrame
+from kvstore.client.connection import ConnectionEvents
+from kvstore.client.sinks import Sink, Sinks
+from kvstore.codec import ClientFrame, RawWatchEvents, SentFrame, ServerFrame, WatchEvents, decode_events
 from kvstore.errors import Unavailable
 from kvstore.model import Member
 
@@ -166,7 +167,7 @@ class EmbeddedChannel:
         self._events = events
         self._ended = ended
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[int, Sink] = {}
+        self._sinks = Sinks()
         self._sending = False
         self._closed = False
 
@@ -174,13 +175,17 @@ class EmbeddedChannel:
         if self._closed:
             self._loop.call_soon(sink.on_lost)
             return
-        self._waiting[frame.id] = sink
-        self._sending = True
-        self._node.handle(frame, self._reply)
-        self._sending = False
+        self._sinks.add(frame, sink)
+        self.tell(frame)
+
+    def tell(self, frame: ClientFrame) -> None:
+        if not self._closed:
+            self._sending = True
+            self._node.handle(frame, self._reply, self)
+            self._sending = False
 
     def forget(self, frame_id: int) -> None:
-        self._waiting.pop(frame_id, None)
+        self._sinks.forget(frame_id)
 
     @property
     def silent(self) -> bool:
@@ -199,19 +204,29 @@ class EmbeddedChannel:
         else:
             self._deliver(frame)
 
+    # --- the node's `Gate` --------------------------------------------------------------------------------------------
+
+    @property
+    def congested(self) -> bool:
+        return False  # what is sent is there
+
+    def postpone(self, work: Callable[[], object]) -> None:
+        self._loop.call_soon(work)
+
+    def push(self, frame: SentFrame) -> None:
+        if isinstance(frame, RawWatchEvents):
+            frame = WatchEvents(frame.id, frame.revision, decode_events(frame.events), frame.size_bytes, frame.more)
+        self._loop.call_soon(self._deliver, frame)
+
     def _deliver(self, frame: ServerFrame) -> None:
-        sink = self._waiting.pop(frame.id, None)
-        if sink is not None and not self._closed:
-            sink.on_frame(frame)
-        elif sink is not None:
-            sink.on_lost()
+        if not self._closed:
+            self._sinks.deliver(frame)
 
     def _end(self, reason: str) -> None:
         self._ended(self)
+        self._node.gone(self)
         self._events.on_closed(reason, "")
-        waiting, self._waiting = self._waiting, {}
-        for sink in waiting.values():
-            sink.on_lost()
+        self._sinks.lose()
 
 
 class LibraryLog:

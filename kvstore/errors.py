@@ -90,6 +90,7 @@ REFUSED_CODES = frozenset(
         "lease_exists",
         "lease_full",  # too many records under one lease
         "too_many_leases",
+        "too_many_watches",  # on one connection
         "revision_compacted",
         "revision_in_future",
         "session_expired",  # unknown or expired session

@@ -61,6 +61,19 @@ def check_read(request: model.Read, size_bytes: int) -> None:
         raise Refused("a read may hold only ranges; send a transaction that writes as a write", code="invalid_request")
 
 
+def check_watch(start: bytes, end: bytes | None, from_revision: int, window_bytes: int) -> None:
+    """Raises `Refused`."""
+    _check_range(start, end, ())
+    if not 0 <= from_revision <= model.INT64_MAX:
+        raise Refused(f"a revision is a number from 0 to 2^63 - 1, not {from_revision}", code="invalid_request")
+    if not model.WATCH_WINDOW_BYTES_MIN <= window_bytes <= model.WATCH_WINDOW_BYTES_MAX:
+        raise Refused(
+            f"a watch's window is from {model.WATCH_WINDOW_BYTES_MIN} to {model.WATCH_WINDOW_BYTES_MAX} bytes, "
+            f"not {window_bytes}",
+            code="invalid_request",
+        )
+
+
 def _check_grant(grant: GrantLease) -> None:
     _check_lease(grant.lease, 0)
     if not model.LEASE_TTL_MS_MIN <= grant.ttl_ms <= model.LEASE_TTL_MS_MAX:

@@ -30,6 +30,9 @@ LEASE_TTL_MS_MAX = 10 * 365 * 24 * 3600 * 1000  # who needs more needs none
 LEASE_KEYS_MAX = 16_384  # they are all deleted in one entry
 LEASE_ID_MAX = 2**63 - 1
 LEASES_LISTED_MAX = 10_000
+# How far a watch's events may run ahead of who reads them: below, no event of the largest kind fits with its `prev`;
+# above, one forgotten watch would cost its client too much.
+WATCH_WINDOW_BYTES_MIN, WATCH_WINDOW_BYTES_MAX = 64 * 1024, 16 * 1024 * 1024
 TXN_DEPTH_MAX = 8  # nested transactions; deeper ones would only hide how many operations there are
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -343,6 +346,23 @@ Result = Union[
     LeaseList,
     ErrorResult,
 ]
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+class Event(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
+    """What a transaction did to one key: `record` is what it made of it, None if it deleted it. `prev` is the record
+    as it was before (None if there was none), where the watch asked for it."""
+
+    key: bytes
+    revision: int
+    record: Record | None = None
+    prev: Record | None = None
+
+    @property
+    def deleted(self) -> bool:
+        return self.record is None
 
 
 # --- the cluster, as its users see it --------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def put(key: str, value: str, lease: int, encoding: str, output: str, connection
 @connection_options
 def delete(key: str, end: str | None, prefix: bool, encoding: str, output: str, connection: Connection) -> None:
     """Delete a key, or all keys from KEY up to, not including, END. An END of "" has no upper bound."""
-    start, stop = _bounds(key, end, prefix, encoding)
+    start, stop = bounds(key, end, prefix, encoding)
     result = connection.call(lambda client: client.delete(start, stop))
     if output == "json":
         print_json({"revision": result.revision, "deleted": result.deleted})
@@ -123,7 +123,7 @@ def range_(
     connection: Connection,
 ) -> None:
     """Read keys from START up to, not including, END. Without END, all from START on; without both, all."""
-    first, stop = _bounds(start, "" if end is None and not prefix else end, prefix, encoding)
+    first, stop = bounds(start, "" if end is None and not prefix else end, prefix, encoding)
 
     async def read(client: Client) -> model.RangeResult:
         return await client.range(
@@ -172,7 +172,7 @@ def txn(file: BinaryIO, encoding: str, output: str, connection: Connection) -> N
         click.echo(line)
 
 
-def _bounds(start: str, end: str | None, prefix: bool, encoding: str) -> tuple[bytes, bytes | None]:
+def bounds(start: str, end: str | None, prefix: bool, encoding: str) -> tuple[bytes, bytes | None]:
     first = to_bytes(start, encoding)
     if prefix:
         if end is not None:

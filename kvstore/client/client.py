@@ -32,6 +32,7 @@ from kvstore.client.lease import Lease
 from kvstore.client.pool import Pool, Route
 from kvstore.client.session import Sessions
 from kvstore.client.transaction import Transaction, key_after
+from kvstore.client.watch import Stream, Watch, What
 from kvstore.errors import InternalError, Refused, Unavailable
 from kvstore.model import (
     Add,
@@ -112,6 +113,7 @@ class Client:
         self._revision = 0
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[Stream, None] = {}
         self._deadlines: Deadlines
         self._pool: Pool
         self._dispatcher: Dispatcher
@@ -133,6 +135,8 @@ class Client:
         self._closed = True
         if self._loop is None:
             return
+        for stream in tuple(self._streams):
+            stream.close(Unavailable("this client was closed", code="closed"))
         try:
             await self._sessions.close(CLOSE_TIMEOUT_S)
         finally:
@@ -361,6 +365,44 @@ class Client:
             start, end = (start, last) if reverse else (key_after(last), end)
             request = Range(start, end, page_records, at, bool(keys_only), False, bool(reverse))
             page = await self._read_at(request, timeout)
+
+    # --- watches ------------------------------------------------------------------------------------------------------
+
+    def watch(
+        self,
+        start: bytes = b"",
+        end: bytes | None = None,
+        *,
+        prefix: bytes | None = None,
+        from_revision: int = 0,
+        prev: bool = False,
+        puts: bool = True,
+        deletes: bool = True,
+        marks: bool = False,
+        future: bool = False,
+        timeout: float | None = None,
+    ) -> Watch:
+        """Every event of one key, of `[start, end)`, or of a prefix, once and in order: `async for event in
+        kv.watch(prefix=b"order/"): ...`. It goes on through leader changes and restarts of nodes.
+
+        `from_revision`: the first revision of interest; 0 is from now on. A later one than the next is refused with
+        `revision_in_future` (what was restored from a backup may know fewer revisions than you do), unless `future`
+        says that you mean to wait. One that was compacted is refused with `revision_compacted`.
+        `prev` adds the record as it was before. `puts` and `deletes` say which events are wanted. `marks` has
+        `Watch.revisions` also tell when nothing has happened up to some revision.
+        `timeout`: seconds without any node that serves it, after which iterating raises `Unavailable`.
+        """
+        start, end = _bounds(start, end, prefix)
+        _check_int("from_revision", from_revision)
+        if not puts and not deletes:
+            raise ValueError("a watch wants puts, deletes, or both")
+        limits.check_watch(start, end, from_revision, model.WATCH_WINDOW_BYTES_MAX)
+        loop = self._bind()
+        what = What(start, end, from_revision, bool(prev), bool(puts), bool(deletes), bool(future))
+        stream = Stream(loop, self._pool, self._chance, what, self._timeout(timeout), self._streams.pop)
+        self._streams[stream] = None
+        stream.begin()
+        return Watch(stream, marks)
 
     # --- optimistic transactions --------------------------------------------------------------------------------------
 

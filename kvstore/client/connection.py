@@ -5,7 +5,8 @@ A `Connector` opens channels; a `Channel` carries frames to one node and their a
 nothing of sockets. The order of events is fixed:
 
 - A `connect` ends in exactly one `on_failed`, or in one `on_open` that is followed by exactly one `on_closed`.
-- Each frame sent ends in exactly one call of its sink: `on_frame` or `on_lost`, unless it was forgotten first.
+- Each frame sent ends in exactly one call of its sink: `on_frame` or `on_lost`, unless it was forgotten first. (A
+  `Watch` gets many frames, the last of which is no `Watching` and no `WatchEvents`.)
 - `on_closed` comes before the `on_lost` of the frames that were under way, so that a sink which asks for a way to
   send again is not handed the dead one.
 - A sink is never called before `send` returns, so that an answer cannot overtake what its sender has yet to note down.
@@ -20,7 +21,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvstore.client.protocol import SILENCE_S, ClientProtocol
-from kvstore.codec import ClientFrame, ServerFrame
+from kvstore.client.sinks import Sink
+from kvstore.codec import ClientFrame
 
 # A cluster has at most a handful of nodes; more are a mistake, or an attempt to make this process dial half the world.
 ENDPOINTS_MAX = 64
@@ -30,20 +32,14 @@ CONNECT_TIMEOUT_S = 1.0
 CLOSE_TIMEOUT_S = 1.0
 
 
-class Sink(Protocol):
-    """Who waits for the answer to one frame."""
-
-    def on_frame(self, frame: ServerFrame) -> None: ...
-
-    def on_lost(self) -> None:
-        """The channel is gone; whether the node saw the frame is not known."""
-
-
 class Channel(Protocol):
     """An open way to one node. Frame ids are the sender's, unique among those under way."""
 
     def send(self, frame: ClientFrame, sink: Sink) -> None:
         """Send a frame; its answer, or the channel's end, goes to `sink`."""
+
+    def tell(self, frame: ClientFrame) -> None:
+        """Send a frame that has no answer."""
 
     def forget(self, frame_id: int) -> None:
         """The answer to this frame is of no interest any more."""

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from kvstore import codec
+from kvstore.client.sinks import Sink, Sinks
 from kvstore.codec import ClientFrame, Failure, ServerFrame, StatusRequest
 from kvstore.errors import Refused
-
-if TYPE_CHECKING:
-    from kvstore.client.connection import Sink
 
 # How long a stream that owes answers may bring nothing before it is given up. A healthy node answers within
 # milliseconds; two seconds cover a long pause of its disk or its interpreter. Giving up early would make an overloaded
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
 SILENCE_S = 2.0
 # Looks at a stream within that time; the first that finds it silent probes it and tells its owner.
 SILENT_LOOKS_MAX = 8
+# Looks that find nothing come where nothing is owed, until a sign of life is asked for: once a second.
+IDLE_LOOKS_MAX = 4
 
 
 class _SignOfLife:
@@ -62,12 +62,13 @@ class ClientProtocol(asyncio.Protocol):
         self._silent = silent
         self._silence_s = silence_s
         self._reader = codec.FrameReader()
-        self._waiting: dict[int, Sink] = {}
+        self._sinks = Sinks()
         self._out: list[bytes] = []
         self._flush_scheduled = False
         self._writable = True
         self._heard = False
         self._silent_looks = 0
+        self._idle_looks = 0
         self._written_bytes = 0  # since the last look
         self._unsent_bytes = 0  # at the last look
         self._watch: asyncio.TimerHandle | None = None
@@ -82,18 +83,23 @@ class ClientProtocol(asyncio.Protocol):
             # Between this stream's end and its owner's hearing of it: nothing was sent, yet "lost" is never wrong.
             self._loop.call_soon(sink.on_lost)
             return
-        self._waiting[frame.id] = sink
+        self._sinks.add(frame, sink)
+        self.tell(frame)
+        if self._watch is None:
+            self._heard = False
+            self._idle_looks = self._silent_looks = self._unsent_bytes = self._written_bytes = 0
+            self._watch = self._loop.call_later(self._silence_s / SILENT_LOOKS_MAX, self._look)
+
+    def tell(self, frame: ClientFrame) -> None:
+        if self._transport is None or self._reason:
+            return
         self._out.append(codec.encode_frame(frame))
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
-        if self._watch is None:
-            self._heard = False
-            self._silent_looks = self._unsent_bytes = self._written_bytes = 0
-            self._watch = self._loop.call_later(self._silence_s / SILENT_LOOKS_MAX, self._look)
 
     def forget(self, frame_id: int) -> None:
-        self._waiting.pop(frame_id, None)
+        self._sinks.forget(frame_id)
 
     @property
     def silent(self) -> bool:
@@ -112,15 +118,12 @@ class ClientProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
-        waiting = self._waiting
+        deliver = self._sinks.deliver
         decode = codec.decode_server_frame
         try:
             for body in self._reader.feed(data):
                 frame = decode(body)
-                sink = waiting.pop(frame.id, None)
-                if sink is not None:
-                    sink.on_frame(frame)
-                elif frame.id == 0 and type(frame) is Failure:
+                if not deliver(frame) and frame.id == 0 and type(frame) is Failure:
                     self._code = frame.code
                     self.close(f"the node ended it: {frame.message} [{frame.code}]")
                     return
@@ -135,9 +138,7 @@ class ClientProtocol(asyncio.Protocol):
         self._out.clear()
         self._reason = self._reason or (str(error) if error else "the node closed the connection")
         self._lost(self, self._reason, self._code)
-        waiting, self._waiting = self._waiting, {}
-        for sink in waiting.values():
-            sink.on_lost()
+        self._sinks.lose()
 
     def pause_writing(self) -> None:
         self._writable = False
@@ -159,7 +160,8 @@ class ClientProtocol(asyncio.Protocol):
 
     def _look(self) -> None:
         """Is this stream silent?"""
-        if not self._waiting or self._transport is None:
+        sinks = self._sinks
+        if not (sinks.calls or sinks.watches) or self._transport is None:
             self._watch = None
             return
         unsent_bytes = self._transport.get_write_buffer_size()
@@ -168,7 +170,13 @@ class ClientProtocol(asyncio.Protocol):
         waited_bytes, self._unsent_bytes = self._unsent_bytes, unsent_bytes
         written_bytes, self._written_bytes = self._written_bytes, 0
         if self._heard or (waited_bytes and unsent_bytes < waited_bytes + written_bytes):
-            self._silent_looks = 0
+            self._silent_looks = self._idle_looks = 0
+        elif not sinks.calls:
+            # Watches alone are owed nothing. Asked now and then, the node owes an answer, and the next look counts.
+            self._idle_looks += 1
+            if self._idle_looks >= IDLE_LOOKS_MAX:
+                self._idle_looks = 0
+                self.send(StatusRequest(self._next_id()), _SIGN_OF_LIFE)
         else:
             self._silent_looks += 1
             if self._silent_looks >= SILENT_LOOKS_MAX:

@@ -50,6 +50,8 @@ class Handler(Protocol):
 
     def handle(self, frame: codec.ClientFrame, reply: Reply, gate: Gate | None = None) -> None: ...
 
+    def gone(self, gate: Gate) -> None: ...
+
 
 class NativeStats(Struct, frozen=True):
     """Counted since start. `junk` is closed connections by the code of what was wrong."""
@@ -67,6 +69,7 @@ class NativeDoor:
 
     def __init__(self, env: Environment, handler: Handler, log: Log) -> None:
         self.handle = handler.handle
+        self._handler = handler
         self.call_soon = env.scheduler.call_soon
         self._env = env
         self._seldom = SeldomLog(log, env.clock)
@@ -157,7 +160,9 @@ class NativeDoor:
         return None
 
     def lost(self, connection: _Connection) -> None:
-        self._connections.pop(connection, None)
+        if connection in self._connections:
+            del self._connections[connection]
+            self._handler.gone(connection)
         self._check_empty()
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -276,6 +281,9 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._postponed.append(work)
 
+    def push(self, frame: codec.SentFrame) -> None:
+        self._send(frame)
+
     def _run_postponed(self) -> None:
         postponed = self._postponed
         while postponed and not self.congested:
@@ -297,6 +305,9 @@ class _Connection(asyncio.Protocol):
         if frame.id <= 0:
             raise Refused(f"request id {frame.id} is not positive", code="malformed_frame")
         door.requests += 1
+        if isinstance(frame, (codec.WatchCredit, codec.WatchCancel)):
+            door.handle(frame, self._send, self)  # these have no answer
+            return True
         size = len(body)
         self._in_flight += 1
         if size > _SMALL_BYTES:
@@ -321,7 +332,7 @@ class _Connection(asyncio.Protocol):
             self._in_flight_bytes -= self._sizes.pop(answer.id, 0)
         self._send(answer)
 
-    def _send(self, answer: codec.ServerFrame) -> None:
+    def _send(self, answer: codec.SentFrame) -> None:
         if self._transport is None:
             return
         data = codec.encode_frame(answer)

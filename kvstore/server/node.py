@@ -5,6 +5,7 @@ doors that translate into it) and gives exactly one answer through `reply`, at o
 
 - writes: checked here, then to the batcher; on a follower `not_leader` with the leader's address;
 - reads: checked here, then to `Reads`;
+- watches: to the `WatchHub`, which goes on sending through the asker's gate;
 - status, membership and hand-over: to consensus, whose refusals are passed on.
 
 What is wrong with a request itself (its form, its limits) is its result, an `ErrorResult`; that it was not taken, or
@@ -37,6 +38,7 @@ from kvstore.server.log_clock import LogClock
 from kvstore.server.native import NativeDoor
 from kvstore.server.ports import Gate, Log, Machine, Raft, Reply
 from kvstore.server.reads import Reads, Waiting
+from kvstore.server.watch import WatchHub
 
 # How long a stopping leader tries to hand over: a few election timeouts. Without it the others elect one by timeout.
 HAND_OVER_S = 2.0
@@ -87,6 +89,7 @@ class ServerNode:
         self._log_clock: LogClock
         self._batcher: Batcher
         self._reads: Reads
+        self._watches: WatchHub
         self._chores: Chores
         self.door: NativeDoor | None = None
         self.on_fatal: Callable[[KvError], None] = lambda _error: None
@@ -122,6 +125,7 @@ class ServerNode:
             self._directory.close()
             raise
         self._running = True
+        self._watches.start()
         self._chores.start()
 
     async def stop(self) -> None:
@@ -131,6 +135,7 @@ class ServerNode:
         self._running = False
         self._stopped = True
         self._chores.stop()
+        self._watches.stop()
         if self.door is not None:
             self.door.stop_accepting()
         if self._raft.is_leader and sum(member.voter for member in self._raft.members) > 1:
@@ -164,12 +169,19 @@ class ServerNode:
             self._write(cast(codec.Write, frame), reply)
         elif kind is codec.Read:
             self._read(cast(codec.Read, frame), reply, gate)
+        elif isinstance(frame, (codec.Watch, codec.WatchCredit, codec.WatchCancel)):
+            self._watch(frame, reply, gate)
         elif isinstance(frame, codec.Hello):
             reply(self._welcome(frame))
         elif isinstance(frame, codec.StatusRequest):
             reply(codec.StatusAnswer(frame.id, self.status(digest=frame.digest)))
         else:
             self._administer(frame, reply)
+
+    def gone(self, gate: Gate) -> None:
+        """An asker that had a gate is not there any more."""
+        if self._running:
+            self._watches.gone(gate)
 
     def status(self, *, digest: bool = False) -> model.NodeStatus:
         """What this node says of itself. With `digest` it hashes the whole state, in one go."""
@@ -226,6 +238,18 @@ class ServerNode:
         else:
             self._reads.linearizable(read)
 
+    def _watch(
+        self, frame: codec.Watch | codec.WatchCredit | codec.WatchCancel, reply: Reply, gate: Gate | None
+    ) -> None:
+        if gate is None:
+            reply(refusal(frame.id, Refused("a watch needs a connection to send its events on")))
+        elif isinstance(frame, codec.Watch):
+            self._watches.open(frame, reply, gate)
+        elif isinstance(frame, codec.WatchCredit):
+            self._watches.credit(frame, gate)
+        else:
+            self._watches.cancel(frame, gate)
+
     def _welcome(self, hello: codec.Hello) -> codec.Welcome | codec.Failure:
         if hello.protocol != codec.PROTOCOL_VERSION:
             message = f"this node speaks protocol {codec.PROTOCOL_VERSION}, not {hello.protocol}; update the older side"
@@ -276,6 +300,7 @@ class ServerNode:
         elif raft.is_leader and machine.applied_term == raft.term:
             self._log_clock.begin()
         self._reads.applied()
+        self._watches.applied()
 
     def _failed(self, error: KvError) -> None:
         """Consensus takes no part any more. Local reads are still served; what to do is the process's to decide."""
@@ -318,6 +343,7 @@ class ServerNode:
         self._log_clock = LogClock(env.clock, self.machine.log_time_ms)
         self._batcher = Batcher(env, raft, self._log_clock, self._failure, self._pressed)
         self._reads = Reads(env, raft, lambda: self.machine, self._failure, self._log_clock.now_ms)
+        self._watches = WatchHub(env, raft, lambda: self.machine, self._failure)
         self._chores = Chores(env, raft, lambda: self.machine, self._log_clock, self._batcher, self._log)
         raft.on_leadership = self._leadership_changed
         raft.on_applied = self._applied

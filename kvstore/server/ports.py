@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from kvstore import codec, model
 from kvstore.env import Log
 from kvstore.errors import KvError
+from kvstore.state.feed import Changed
 
 __all__ = ["Done", "Gate", "Log", "Machine", "Proposer", "Raft", "RaftStatus", "Reply"]
 
@@ -30,6 +31,9 @@ class Gate(Protocol):
 
     def postpone(self, work: Callable[[], object]) -> None:
         """Run `work` once there is room. Dropped if the asker goes away."""
+
+    def push(self, frame: codec.SentFrame) -> None:
+        """Send what answers no single frame: what a watch is told. Calls nobody back before it returns."""
 
 
 class Proposer(Protocol):
@@ -128,6 +132,15 @@ class Machine(Protocol):
 
     def read(self, request: model.Read, log_time_ms: int = 0) -> bytes:
         """The encoded result of a read at the applied state; `log_time_ms` is log time as it would be now."""
+
+    @property
+    def compacted_revision(self) -> int: ...
+
+    def fresh_changes(self, first: int) -> list[Changed] | None: ...
+
+    def read_changes(self, first: int, most: int) -> tuple[list[Changed], int]: ...
+
+    def event(self, changed: Changed, prev: bool) -> bytes: ...
 
     def expiry_due(self, log_time_ms: int) -> bool: ...
 

@@ -46,6 +46,7 @@ from kvstore.model import (
     Txn,
 )
 from kvstore.state import layout, txn
+from kvstore.state.feed import Changed, Feed
 from kvstore.state.layout import FORMAT, M_EPOCHS, M_FORMAT, M_MEMBERS, M_POSITION, Epoch, Position, check_format
 from kvstore.state.leases import EXPIRED_PER_ENTRY_MAX, EXPIRED_RECORDS_PER_ENTRY_MAX, Leases, listed
 from kvstore.state.mvcc import Overlay, Records
@@ -76,6 +77,7 @@ class Machine:
     """The replicated state, at one path. Opening it finds what the last durable batch left there."""
 
     __slots__ = (
+        "_feed",
         "_idle",
         "_leases",
         "_members",
@@ -112,6 +114,7 @@ class Machine:
         self._sessions = sessions
         self._leases = leases
         self._records = Records(storage, position.revision, position.compacted_revision, epochs)
+        self._feed = Feed(storage, self._records)
         self._idle = Overlay(self._records, self._leases)  # the view of reads between entries
         self._unflushed_requests = 0
         self._unflushed_bytes = 0
@@ -246,6 +249,7 @@ class Machine:
         self._storage.write(batch)
         records.committed(view, epochs)
         self._leases.committed(view.leases)
+        self._feed.committed(view)
         self._position = position
         if members is not None:
             self._members = members
@@ -321,6 +325,19 @@ class Machine:
             return codec.encode_result(self._leases.describe(request, log_time_ms))
         except Refused as refusal:
             return txn.refused(refusal)
+
+    def fresh_changes(self, first: int) -> list[Changed] | None:
+        """Every change from revision `first` on, in order, or None where memory does not hold them any more."""
+        return self._feed.fresh(first)
+
+    def read_changes(self, first: int, most: int) -> tuple[list[Changed], int]:
+        """About `most` changes from revision `first` on, which must lie above `compacted_revision`, and the last
+        revision that they complete. Raises `StorageFailed`."""
+        return self._feed.read(first, most)
+
+    def event(self, changed: Changed, prev: bool) -> bytes:
+        """The encoded `model.Event` of a change. Raises `StorageFailed`."""
+        return self._feed.event(changed, prev)
 
     def lease_expiry_due(self, log_time_ms: int) -> bool:
         """True if at `log_time_ms` an ExpireLeases would end a lease. Cheap: ask as often as you like."""

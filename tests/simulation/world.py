@@ -23,6 +23,8 @@ from random import Random
 from types import ModuleType
 from typing import Any, NoReturn
 
+from kvstore import model
+from kvstore.client import watch as client_watch
 from kvstore.client.client import Client
 from kvstore.errors import KvError
 from kvstore.model import Member
@@ -30,8 +32,9 @@ from kvstore.raft import engine, flush
 from kvstore.raft import node as raft_node
 from kvstore.raft.members import Configuration
 from kvstore.raft.wal import Wal
+from kvstore.server import watch as watch_hub
+from kvstore.state import feed, sessions
 from kvstore.state import machine as state_machine
-from kvstore.state import sessions
 from tests.checkers.history import History
 from tests.checkers.history import Outcome as Answered
 from tests.checkers.verdict import CheckBudgetExceeded, Inconsistent
@@ -111,6 +114,12 @@ def _small_limits(chance: Random) -> Iterator[None]:
         (raft_node, "Wal", SmallWal),
         (flush, "LOG_TAIL_BYTES", chance.choice([1, 4, 16]) * 1024),
         (state_machine, "FLUSH_REQUESTS", chance.choice([10, 40, 120, 2000])),
+        # Watches whose frames hold an event or two, whose window is soon used up, and who fall behind.
+        (watch_hub, "FRAME_BYTES", chance.choice([40, 200, 65536])),
+        (watch_hub, "SLICE_CHANGES", chance.choice([1, 10, 512])),
+        (feed, "_FRESH_BATCHES", chance.choice([1, 8])),
+        (model, "WATCH_WINDOW_BYTES_MIN", 1),
+        (client_watch, "WINDOW_BYTES", chance.choice([100, 2000, 1024 * 1024])),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in values]
     try:

@@ -26,6 +26,10 @@ class Node:
 
     def __init__(self) -> None:
         self.asked: list[tuple[codec.ClientFrame, Reply, Gate | None]] = []
+        self.left: list[Gate] = []
+
+    def gone(self, gate: Gate) -> None:
+        self.left.append(gate)
 
     def handle(self, frame: codec.ClientFrame, reply: Reply, gate: Gate | None = None) -> None:
         if isinstance(frame, codec.Hello):
@@ -281,6 +285,28 @@ def test_a_congested_connection_holds_back_its_reads_until_there_is_room() -> No
     setup.world.advance(1.0)
     assert ran == [1]
     assert not gate.congested
+
+
+def test_a_watch_is_sent_more_than_one_frame_and_its_credits_are_not_waited_for() -> None:
+    setup = Setup()
+    caller = setup.connect()
+    caller.send(codec.Watch(1, b"k", None, 0, False, True, True, False, 1 << 20))
+    setup.world.advance(0.1)
+    _, reply, gate = setup.node.asked.pop()
+    assert gate is not None
+    reply(codec.Watching(1, 5))
+    event = model.Event(b"k", 5, model.Record(b"k", b"v", 5, 5, 1))
+    gate.push(codec.RawWatchEvents(1, 5, [Raw(codec.encode_event(event))], 10))
+    setup.world.advance(0.1)
+    assert caller.frames == [codec.Watching(1, 5), codec.WatchEvents(1, 5, (event,), 10)]
+    # More of them than may be in flight: they have no answers, so nothing holds the next request back.
+    caller.send(*(codec.WatchCredit(1, 10) for _ in range(2 * native.IN_FLIGHT_MAX)), codec.WatchCancel(1), write(2))
+    setup.world.advance(0.1)
+    assert setup.node.asked[-1][0].id == 2
+    assert setup.node.left == []
+    caller.transport.close()
+    setup.world.advance(0.1)
+    assert setup.node.left == [gate]
 
 
 def test_who_leaves_too_much_unread_is_closed() -> None:

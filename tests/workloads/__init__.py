@@ -13,6 +13,7 @@ from tests.workloads.leases import LeaseWorkload
 from tests.workloads.queue import QueueWorkload
 from tests.workloads.register import RegisterWorkload
 from tests.workloads.sale import ORDERS_PER_PRODUCT, SaleWorkload
+from tests.workloads.watches import WatchWorkload
 
 __all__ = ["Workload", "all_workloads"]
 
@@ -28,7 +29,7 @@ def all_workloads(
     `chance` draws how hot their keys are. `timeout_s` is for each call. `prefix` keeps several runs on one
     cluster apart.
     """
-    share = max(1, size // 7)
+    share = max(1, size // 8)
     products = max(1, round(share * _ORDERS_SHARE / ORDERS_PER_PRODUCT))
     return [
         RegisterWorkload(
@@ -44,4 +45,5 @@ def all_workloads(
         CounterWorkload(history, timeout_s=timeout_s, hot=chance.randint(1, 3), prefix=prefix + b"counters/"),
         QueueWorkload(history, timeout_s=timeout_s, prefix=prefix + b"queue/"),
         LeaseWorkload(history, timeout_s=timeout_s, hot=chance.randint(1, 4), prefix=prefix + b"leases/"),
+        WatchWorkload(history, timeout_s=timeout_s, views=chance.randint(1, 3), prefix=prefix + b"watches/"),
     ]

@@ -6,7 +6,7 @@ seed and writes the table in docs/testing.md.
 
 The mutants lie by what they break: `of_messages` (the guard's rules about replication), `of_elections` (votes,
 hand-overs, members), `of_reads`, `of_seams` (where the engine is met), `of_the_log` and `of_the_state` (durability),
-`of_requests` (exactly once, in the state machine, the server and the client), `of_leases`.
+`of_requests` (exactly once, in the state machine, the server and the client), `of_leases`, `of_watches`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.simulation.mutants import (
     of_seams,
     of_the_log,
     of_the_state,
+    of_watches,
 )
 from tests.simulation.mutants.mutant import Mutant, Outdated, Patches
 
@@ -27,7 +28,17 @@ __all__ = ["MUTANTS", "Mutant", "Outdated", "Patches"]
 
 _ALL = [
     mutant
-    for part in (of_messages, of_elections, of_reads, of_seams, of_the_log, of_the_state, of_requests, of_leases)
+    for part in (
+        of_messages,
+        of_elections,
+        of_reads,
+        of_seams,
+        of_the_log,
+        of_the_state,
+        of_requests,
+        of_leases,
+        of_watches,
+    )
     for mutant in part.catalogue.mutants
 ]
 MUTANTS: dict[str, Mutant] = {mutant.name: mutant for mutant in _ALL}
