@@ -6,7 +6,8 @@ The public face. A program needs nothing else than what is named here:
         await kv.put(b"user/1", b"...")
         await kv.txn(success=[kvstore.Add(b"stock/42", -1, min=0), kvstore.Put(b"order/1001", order)])
 
-`connect` reaches a cluster; `open_embedded` runs a one-node store inside this process. Both give a `Client`.
+`connect` reaches a cluster; `open_embedded` runs a one-node store inside this process. Both give a `Client`, which is
+asyncio's; `connect_sync` gives one that blocks, for Flask, Django and scripts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import os
 from kvstore.client.client import Client
 from kvstore.client.connection import parse_endpoints
 from kvstore.client.lease import Lease
+from kvstore.client.lock import Election, Lock
+from kvstore.client.sync import SyncClient
 from kvstore.client.transaction import Transaction
 from kvstore.client.watch import Watch
 from kvstore.embedded import open_embedded
@@ -65,12 +68,14 @@ __all__ = [
     "Delete",
     "DeleteResult",
     "DoneResult",
+    "Election",
     "Event",
     "InternalError",
     "KvError",
     "Lease",
     "LeaseResult",
     "LeaseStatus",
+    "Lock",
     "Member",
     "NodeStatus",
     "Operation",
@@ -86,6 +91,7 @@ __all__ = [
     "Relation",
     "SortBy",
     "StartupError",
+    "SyncClient",
     "Target",
     "Transaction",
     "Txn",
@@ -93,6 +99,7 @@ __all__ = [
     "Unavailable",
     "Watch",
     "connect",
+    "connect_sync",
     "open_embedded",
     "prefix_end",
 ]
@@ -107,3 +114,9 @@ def connect(endpoints: str | None = None, *, timeout_s: float = 5.0, cluster_id:
     """
     text = endpoints if endpoints is not None else os.environ.get("KVSTORE_ENDPOINTS", "")
     return Client(parse_endpoints(text), timeout_s=timeout_s, cluster_id=cluster_id)
+
+
+def connect_sync(endpoints: str | None = None, *, timeout_s: float = 5.0, cluster_id: str = "") -> SyncClient:
+    """The same for programs without asyncio, and for all threads of one: `with kvstore.connect_sync() as kv: ...`."""
+    connect(endpoints, timeout_s=timeout_s, cluster_id=cluster_id)  # bad endpoints are told here, not at the first call
+    return SyncClient(lambda: connect(endpoints, timeout_s=timeout_s, cluster_id=cluster_id))

@@ -88,6 +88,7 @@ REFUSED_CODES = frozenset(
         "overflow",  # Add would leave the signed 64-bit range
         "lease_not_found",  # never granted, revoked, or expired
         "lease_exists",
+        "lock_not_held",
         "lease_full",  # too many records under one lease
         "too_many_leases",
         "too_many_watches",  # on one connection
@@ -119,6 +120,8 @@ UNAVAILABLE_CODES = frozenset(
         "transfer_failed",
         "timeout",  # no answer in time, and no definite no
         "closed",
+        "lock_held",  # by others, for as long as this one would wait
+        "lock_lost",  # its lease ended
     }
 )
 UNKNOWN_CODES = frozenset({"outcome_unknown"})

@@ -29,6 +29,7 @@ from kvstore.client.call import AdminCall, Call, Dispatcher, ReadCall, WriteCall
 from kvstore.client.connection import Connector, TcpConnector
 from kvstore.client.deadlines import Deadlines
 from kvstore.client.lease import Lease
+from kvstore.client.lock import LOCK_TTL_S, Election, Lock
 from kvstore.client.pool import Pool, Route
 from kvstore.client.session import Sessions
 from kvstore.client.transaction import Transaction, key_after
@@ -280,6 +281,32 @@ class Client:
             more = page.more
             after = page.leases[-1] if page.leases else after
 
+    # --- locks and elections ------------------------------------------------------------------------------------------
+
+    def lock(
+        self,
+        name: str | bytes,
+        *,
+        ttl_s: float = LOCK_TTL_S,
+        wait_s: float | None = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> Lock:
+        """Hold a lock while a block runs: `async with kv.lock("reports") as lock: ...`. First come, first served.
+
+        `ttl_s`: so long a dead holder keeps the others waiting. `wait_s`: so long to wait for it (0: only if it is
+        free; None: as long as it takes), after which it raises `Unavailable(lock_held)`. `on_lost` is called if it is
+        lost before the block ends. What keeps a holder that does not know that it lost it from writing is
+        `lock.held` and `lock.token`: see `kvstore/client/lock.py`, or docs/consistency.md.
+        """
+        _ttl_ms(ttl_s)
+        if wait_s is not None and wait_s < 0:
+            raise ValueError(f"wait_s is 0 or more, not {wait_s!r}")
+        return Lock(self, name, b"", ttl_s, wait_s, on_lost)
+
+    def election(self, name: str | bytes) -> Election:
+        """Who leads what: `async with kv.election("billing").campaign(b"host-1") as lead: ...`."""
+        return Election(self, name)
+
     # --- reads --------------------------------------------------------------------------------------------------------
 
     async def get(
@@ -442,9 +469,13 @@ class Client:
             except Refused:
                 if not txn.conflicted or attempt == attempts:
                     raise
-            ceiling_s = min(TRANSACTION_BACKOFF_MAX_S, TRANSACTION_BACKOFF_MIN_S * 2**attempt)
-            await asyncio.sleep(self._chance.random() * ceiling_s)
+            await self.wait_for_others(attempt)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def wait_for_others(self, attempt: int) -> None:
+        """Back off after a conflict, the longer the more attempts there were, with full jitter."""
+        ceiling_s = min(TRANSACTION_BACKOFF_MAX_S, TRANSACTION_BACKOFF_MIN_S * 2 ** min(attempt, 10))
+        await asyncio.sleep(self._chance.random() * ceiling_s)
 
     # --- the cluster --------------------------------------------------------------------------------------------------
 

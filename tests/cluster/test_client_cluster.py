@@ -15,6 +15,7 @@ from kvstore import Client
 from tests.client_suite import KvFactory
 from tests.cluster.harness import ClusterProcesses
 from tests.lease_suite import LeaseSuite
+from tests.lock_suite import LockSuite
 from tests.watch_suite import WatchSuite
 
 
@@ -31,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess
     cluster.kill_all()
 
 
-class TestOnACluster(LeaseSuite, WatchSuite):
+class TestOnACluster(LeaseSuite, WatchSuite, LockSuite):
     @pytest.fixture
     async def kv_factory(self, cluster: ClusterProcesses) -> AsyncIterator[KvFactory]:
         clients: list[Client] = []

@@ -15,10 +15,11 @@ from kvstore.env import Files
 from tests.client_suite import KvFactory
 from tests.cluster.faulty_main import FullFiles
 from tests.lease_suite import LeaseSuite
+from tests.lock_suite import LockSuite
 from tests.watch_suite import WatchSuite
 
 
-class TestOnAnEmbeddedStore(LeaseSuite, WatchSuite):
+class TestOnAnEmbeddedStore(LeaseSuite, WatchSuite, LockSuite):
     @pytest.fixture
     async def kv_factory(self, tmp_path: Path) -> AsyncIterator[KvFactory]:
         store = kvstore.open_embedded(tmp_path / "data")
