@@ -80,6 +80,7 @@ REFUSED_CODES = frozenset(
         "value_too_large",
         "request_too_large",
         "result_too_large",
+        "range_too_large",  # more records than one operation may walk over
         "too_many_operations",
         "invalid_range",
         "duplicate_key",  # a key written more than once in one transaction

@@ -33,6 +33,11 @@ LEASES_LISTED_MAX = 10_000
 # How far a watch's events may run ahead of who reads them: below, no event of the largest kind fits with its `prev`;
 # above, one forgotten watch would cost its client too much.
 WATCH_WINDOW_BYTES_MIN, WATCH_WINDOW_BYTES_MAX = 64 * 1024, 16 * 1024 * 1024
+# Records that one operation walks over (a deleted range, a compare, a sort, a count): some 0.1 s of a node's time, in
+# which it does nothing else. Who wants more does it in parts.
+WALK_MAX = 100_000
+# How far beyond a page its `count` looks: enough for "more than a thousand", for a millisecond.
+COUNT_AHEAD_MAX = 1000
 TXN_DEPTH_MAX = 8  # nested transactions; deeper ones would only hide how many operations there are
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -89,8 +94,9 @@ class Range(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc
     """Read a key or a range.
 
     `limit` 0 is none (the result's size is bounded all the same: `more` says that something was left out, and the
-    next page starts after the last key). `revision` 0 is the newest. `count` in the result is always the number of
-    records in the whole range, when `count_only` or `limit` ask for less than all of them.
+    next page starts after the last key). `revision` 0 is the newest. `count` in the result is the number of records in
+    the whole range, and with `more` at least so many: it looks no further than `COUNT_AHEAD_MAX` beyond a page.
+    `count_only` counts up to `WALK_MAX`; with `more`, the one record of the result has the last key that it counted.
     """
 
     start: bytes

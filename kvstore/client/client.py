@@ -345,14 +345,21 @@ class Client:
         with `prefix` (then no start and end).
 
         At most `limit` of them (0: as many as fit a result of 1 MiB). `more` says that something was left out;
-        `count` is how many there are in the whole range. `level` and `revision` as for `get`. `scan` pages by itself.
+        `count` is how many there are in the whole range, or with `more` at least are: it looks no further than a
+        thousand ahead. `count_only` counts them all. `level` and `revision` as for `get`. `scan` pages by itself.
         """
         start, end = _bounds(start, end, prefix)
         _check_int("limit", limit)
         _check_int("revision", revision)
         request = Range(start, end, limit, revision, bool(keys_only), bool(count_only), bool(reverse), SortBy(sort))
         ask, whom = _level(level)
-        return _expect(await self._read(request, ask, revision, timeout, whom), RangeResult)
+        result = _expect(await self._read(request, ask, revision, timeout, whom), RangeResult)
+        while count_only and result.more:  # so many that they are counted in parts, all at one revision
+            at = revision or result.revision
+            rest = Range(key_after(result.records[0].key), end, 0, at, False, True)
+            part = await self._read_at(rest, timeout)
+            result = RangeResult(result.revision, part.records, result.count + part.count, part.more)
+        return result
 
     async def scan(
         self,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from heapq import nlargest, nsmallest
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 from kvstore import codec, model
@@ -226,7 +226,7 @@ class _Run:
             # An earlier delete of this transaction may have been here. (A put may not: it is refused beforehand.)
             pairs = [] if before is None or delete.start in writes else [(delete.start, before)]
         else:
-            pairs = list(view.scan(delete.start, delete.end, False, writes))
+            pairs = list(within_walk(view.scan(delete.start, delete.end, False, writes)))
         for key, before in pairs:
             self._before[key] = before
             writes[key] = None
@@ -343,7 +343,7 @@ def holds(view: Overlay, compare: Compare) -> bool:
         if packed is None:
             return target is not Target.VALUE and _related(0, operand, compare.relation)
         return _related(_aspect(packed, target), operand, compare.relation)
-    pairs = view.scan(compare.key, compare.end)
+    pairs = within_walk(view.scan(compare.key, compare.end))
     if target is Target.COUNT:
         return _related(sum(1 for _ in pairs), operand, compare.relation)
     return all(_related(_aspect(packed, target), operand, compare.relation) for _, packed in pairs)
@@ -416,10 +416,30 @@ def read_range(view: Overlay, request: Range, pending: Pending | None) -> RangeR
         return RangeResult(revision, (record_of(start, packed, request.keys_only),), 1)
     pairs = view.scan(start, end, request.reverse, pending) if now else view.scan_at(start, end, at, request.reverse)
     if request.count_only:
-        return RangeResult(revision, (), sum(1 for _ in pairs))
+        return _counted(revision, pairs)
     if request.sort is not SortBy.KEY:
         return _sorted_range(revision, request, pairs, pending is None)
     return _page(revision, request, pairs, pending is None)
+
+
+def _counted(revision: int, pairs: Pairs) -> RangeResult:
+    count, last = 0, b""
+    for key, _ in pairs:
+        if count == model.WALK_MAX:
+            return RangeResult(revision, (Record(last, b"", 0, 0, 0),), count, True)
+        count += 1
+        last = key
+    return RangeResult(revision, (), count)
+
+
+def within_walk(pairs: Pairs) -> Pairs:
+    """The pairs, all of which some operation must see. Raises `Refused(range_too_large)` past `WALK_MAX`."""
+    for walked, pair in enumerate(pairs):
+        if walked == model.WALK_MAX:
+            raise Refused(
+                f"there are more than {model.WALK_MAX} records in this range; do it in parts", code="range_too_large"
+            )
+        yield pair
 
 
 def _page(revision: int, request: Range, pairs: Pairs, may_cut: bool, counted: int = 0) -> RangeResult:
@@ -444,7 +464,7 @@ def _page(revision: int, request: Range, pairs: Pairs, may_cut: bool, counted: i
         records.append(record)
     else:
         return RangeResult(revision, tuple(records), len(records))
-    count = counted or len(records) + sum(1 for _ in pairs)
+    count = counted or len(records) + sum(1 for _ in islice(pairs, model.COUNT_AHEAD_MAX))
     return RangeResult(revision, tuple(records), count, True)
 
 
@@ -460,7 +480,7 @@ def _sorted_range(revision: int, request: Range, pairs: Pairs, may_cut: bool) ->
 
     def counting() -> Pairs:
         nonlocal count
-        for pair in pairs:
+        for pair in within_walk(pairs):
             count += 1
             yield pair
 

@@ -368,6 +368,23 @@ def test_a_range_leaves_out_what_does_not_fit(store: Store) -> None:
     assert store.do(Delete(b"big/", b"big0")).deleted == 6
 
 
+def test_one_operation_walks_only_so_far(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "WALK_MAX", 5)
+    store.all(*[Put(b"%d" % number, b"") for number in range(6)])
+    everything = (b"", b"")
+    for request in (
+        Range(*everything, sort=SortBy.VERSION),
+        Delete(*everything),
+        Txn(compare=(Compare(b"", Target.VERSION, Relation.EQUAL, 1, b""),)),
+    ):
+        assert code_of(store.do(request)) == "range_too_large"
+    counted = store.read(Range(*everything, count_only=True))
+    assert (counted.count, counted.more, [record.key for record in counted.records]) == (5, True, [b"4"])
+    assert store.do(Delete(b"0")).deleted == 1
+    assert store.read(Range(*everything, count_only=True)) == RangeResult(7, (), 5)
+    assert store.do(Delete(*everything)).deleted == 5
+
+
 def test_one_record_fits_always(store: Store) -> None:
     key = bytes(model.KEY_BYTES_MAX)
     store.do(Put(key, bytes(VALUE_BYTES_MAX)))
@@ -389,7 +406,8 @@ def test_many_small_records_stay_within_a_frame(store: Store) -> None:
     assert len(encoded) <= RESULT_BYTES_MAX
     result = codec.decode_result(encoded)
     assert isinstance(result, RangeResult)
-    assert (result.count, result.more) == (40_000, True)
+    assert (result.count, result.more) == (len(result.records) + model.COUNT_AHEAD_MAX, True)
     assert len(result.records) > 15_000
+    assert store.read(Range(b"", b"", count_only=True)).count == 40_000
     sorted_result = store.read(Range(b"", b"", sort=SortBy.VERSION))
     assert sorted_result.records == result.records
