@@ -17,6 +17,7 @@ What it models, of a journalling file system on a disk with a volatile cache:
 - **A slow disk** (`sync_takes`, `on_slow`): each sync takes some seconds, and whoever minds is told of them.
 - **Bit rot** (`flip`, `flip_somewhere`) in what is on the disk.
 - **Stopping at any operation** (`stop_after`): the operation with that number raises `Stopped` instead of running.
+- **Moments** (`on_renamed`, `on_removed`): called with the path right after a file was renamed or removed.
 
 Sectors are written whole or not at all, but where `keep` cuts one. Files opened before `crash` or `kill` are dead
 afterwards: using one raises EBADF. All randomness comes from the `chance` that is given, so a run can be repeated.
@@ -180,6 +181,8 @@ class FaultyFiles:
         self.operation_count = 0
         self.sync_count = 0
         self.stop_after: int | None = None
+        self.on_renamed: Callable[[str], None] | None = None
+        self.on_removed: Callable[[str], None] | None = None
         self.sync_takes: Callable[[], float] | None = None  # seconds
         self.on_slow: Callable[[float], None] | None = None
         self._names: dict[str, Inode] = {}
@@ -249,6 +252,7 @@ class FaultyFiles:
         self._work = None
         self.generation += 1
         self.stop_after = None
+        self.on_renamed = self.on_removed = None
         self._locks.clear()
 
     def step(self, name: str) -> None:
@@ -443,11 +447,15 @@ class FaultyFiles:
         inode = self._inode(old)
         self.step("rename")
         self._change({old: None, new: inode})
+        if self.on_renamed is not None:
+            self.on_renamed(new)
 
     def remove(self, path: str) -> None:
         self._inode(path)
         self.step("remove")
         self._change({path: None})
+        if self.on_removed is not None:
+            self.on_removed(path)
 
     def remove_tree(self, path: str) -> None:
         if path not in self._directories:

@@ -75,6 +75,7 @@ class Stream:
         self._attempts = 0  # since a node last served it
         self._parked = False
         self._is_full = False
+        self._is_served = False  # by the node that was asked last
         self._last_error = ""
         self._retry: asyncio.TimerHandle | None = None
         self._give_up: asyncio.TimerHandle | None = None
@@ -140,6 +141,7 @@ class Stream:
         self._frame_id = self._pool.next_id()
         self._attempts += 1
         self._owed_bytes = 0
+        self._is_served = False
         self._partial.clear()
         what = self._what
         future = what.future and self.next == what.from_revision
@@ -223,10 +225,11 @@ class Stream:
         if type(frame) is WatchEvents:
             self._on_events(frame)
         elif type(frame) is WatchProgress:
-            if self.stands and self._frame_id not in frame.behind and not self._partial:
+            # One that was on its way before this watch stood speaks of others.
+            if self._is_served and self._frame_id not in frame.behind and not self._partial:
                 self._complete((), frame.revision, 0)
         elif type(frame) is Watching:
-            self.stands = True
+            self.stands = self._is_served = True
             self.next = self.next or frame.from_revision
             if self._give_up is not None:
                 self._give_up.cancel()

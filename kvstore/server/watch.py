@@ -397,16 +397,18 @@ class WatchHub:
         if self._count:
             changes = machine.fresh_changes(first)
             if changes is None:  # a snapshot was installed, or very much was applied at once
-                self._all_fall_behind(first)
+                self._all_fall_behind(first, revision)
             else:
                 self._deliver(changes, _State.LIVE, 0, revision)
         self._revision = revision
 
-    def _all_fall_behind(self, first: int) -> None:
+    def _all_fall_behind(self, first: int, newest: int) -> None:
+        """Revisions from `first` to `newest` have to be read from history. (A watch that has just begun may lack only
+        the later ones of them.)"""
         for connection in self._connections.values():
             for watch in connection.watches.values():
-                if watch.state is _State.LIVE and watch.next <= first:
-                    watch.next, watch.sent, watch.seen = first, 0, 0
+                if watch.state is _State.LIVE and watch.next <= newest:
+                    watch.next, watch.sent, watch.seen = max(watch.next, first), 0, 0
                     watch.state = _State.BEHIND
                     self._behind[watch] = None
         self._schedule()

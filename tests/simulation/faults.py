@@ -98,6 +98,7 @@ class Nemesis(RareFaults):
             machine.files.sync_takes = None
             machine.files.fail_sync(0)
             machine.files.stop_after = None
+            machine.files.on_renamed = machine.files.on_removed = None
             machine.files.capacity_bytes = None
             machine.apply_takes_s = 0.0
             machine.clock.jump_ms = 0
@@ -303,9 +304,12 @@ class Nemesis(RareFaults):
         return True
 
     def _power_loss_of_all(self) -> None:
-        self._tell("power loss of all")
+        ahead = self.chance.random() < 0.4
+        self._tell("power loss of all", clocks_ahead=ahead)
         for machine in self._up():
             machine.lose_power()
+            if ahead:  # their batteries are old
+                machine.clock.jump_ms += int(1000 * 10 ** (4 * self.chance.random()))
             self._boot_later(machine, self.chance.random())
 
     def _stop_in_a_file_operation(self) -> bool:

@@ -29,6 +29,8 @@ RARE_FAULTS: dict[str, float] = {
     "stall": 2,
     "stop in its start": 1,
     "stop in an install": 1,
+    "stop behind a rename": 1,
+    "loss behind a removal": 1,
     "flip in a snapshot": 1,
     "hasty removal": 1,
     "rivals": 1,
@@ -56,6 +58,8 @@ SLEEPS_S = 0.5
 KEPT_HEARD = 40
 # An install is eight operations on files; a start is some twenty, and those of a first one are more.
 INSTALL_OPERATIONS, START_OPERATIONS = 10, 40
+# What a machine is up for that is to lose power again; the time until a removal's consequences are on the disk.
+REPRIEVE_S, MOMENT_S = 1.0, 0.01
 # Of so many readings of its clock, which are those of a few busy seconds, a process stalls at this share, for so long:
 # the engine takes commands for 0.1 s of its clock in one tick.
 STALL_READINGS, STALL_SHARE, STALL_S = 400, 0.02, 0.15
@@ -101,6 +105,7 @@ class RareFaults:
         self._echoes_until_s = 0.0
         self._requests: list[codec.Write] = []
         self._flips_due = 0
+        self._doomed: set[str] = set()  # machines that lose power soon after they are up again
         self._stops_due: dict[str, int] = {}  # machine -> after how many operations its next start stops
         self._ghosts = 0
         self._revision_read = 0  # the newest that a read of a burst has shown
@@ -108,6 +113,9 @@ class RareFaults:
 
     def booted_rare(self, machine: Machine) -> None:
         """A process is up: listen where a fault of this run needs it."""
+        if machine.name in self._doomed:
+            self._doomed.discard(machine.name)
+            self.world.later(REPRIEVE_S * self.chance.random(), self._lose_power, machine)
         if "echo" in self.kinds or "deposed and back" in self.kinds:
             self._listen_for_messages(machine)
         if {"late request", "deposed and back", "lonely leader"} & set(self.kinds):
@@ -386,6 +394,52 @@ class RareFaults:
         kind = "stop in an install"
         self.world.ambush("installing a snapshot", lambda machine: self._stop_soon(machine, INSTALL_OPERATIONS, kind))
         return False
+
+    def _stop_behind_a_rename(self) -> bool:
+        """A process dies between a rename and the sync of its directory, is up again at once, and finds the new name;
+        soon after, the machine loses power, and may lose the name."""
+
+        def lie_in_wait(machine: Machine) -> None:
+            def renamed(path: str) -> None:
+                machine.files.on_renamed = None
+                if self.world.is_over:
+                    return
+                self._tell("stops behind a rename", name=machine.name, path=path)
+                self._struck("stop behind a rename")
+                machine.stops_by_power_loss = False
+                machine.files.stop_after = machine.files.operation_count
+                self._doomed.add(machine.name)
+
+            machine.files.on_renamed = renamed
+
+        if self.chance.random() < 0.3:
+            victim = self._victim()
+            if victim is None:
+                return False
+            lie_in_wait(victim)
+        else:
+            self.world.ambush("installing a snapshot", lie_in_wait)
+        return False
+
+    def _loss_behind_a_removal(self) -> bool:
+        """A machine loses power when it has just removed a segment of its log."""
+        victim = self._victim()
+        if victim is None:
+            return False
+
+        def removed(path: str) -> None:
+            if path.endswith(".wal") and not self.world.is_over:
+                victim.files.on_removed = None
+                self._struck("loss behind a removal")
+                self.world.later(MOMENT_S * self.chance.random(), self._lose_power, victim)
+
+        victim.files.on_removed = removed
+        return False
+
+    def _lose_power(self, machine: Machine) -> None:
+        if machine.is_up and not self.world.is_over:
+            machine.lose_power()
+            self.world.later(self._some_time_s(), self._boot, machine)
 
     def _flip_in_a_snapshot(self) -> bool:
         """A bit of the next snapshot that is received rots before it is read back."""

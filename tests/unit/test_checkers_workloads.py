@@ -24,7 +24,7 @@ from tests.workloads.base import noted
 from tests.workloads.drive import drive
 
 WORKERS = 8
-STEPS = 800
+STEPS = 400
 # An answer that is lost costs a worker this long.
 TIMEOUT_S = 0.05
 # The fake store has no leases, and nobody watches it.
@@ -40,7 +40,7 @@ def workloads_named(*names: str, size: int = STEPS, timeout_s: float = 5.0) -> t
 async def test_on_the_embedded_store_nothing_is_wrong(tmp_path: Path) -> None:
     async with kvstore.open_embedded(str(tmp_path / "store")) as kv:
         history, workloads = workloads_named()
-        await drive([kv] * WORKERS, workloads, Random(2), STEPS)
+        await drive([kv] * WORKERS, workloads, Random(2), 3 * STEPS)
     for workload in workloads:
         workload.check()
         assert workload.history.count(Outcome.OK) > STEPS / 10, workload.name

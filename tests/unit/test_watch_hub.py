@@ -289,6 +289,23 @@ def test_a_jump_over_what_memory_holds_is_read_from_history(setup: Setup) -> Non
     assert setup.asker.events(1)[-1].prev is None
 
 
+def test_one_that_begins_while_the_hub_has_yet_to_hear_of_what_was_applied(setup: Setup) -> None:
+    """A barrier may pass in the middle of a turn that applies: the machine is ahead of the hub then."""
+    setup.watch(9, b"other", None)
+    setup.put(b"k")
+    for _ in range(20):
+        setup.put(b"k", told=False)
+    setup.watch(1, b"k", None, first=15)
+    setup.watch(2, b"k", None, first=25, future=True)
+    setup.hub.applied()
+    setup.world.turn()
+    assert [revision for revision, _ in setup.asker.seen(1)] == list(range(15, 22))
+    for _ in range(5):
+        setup.put(b"k")
+    assert [revision for revision, _ in setup.asker.seen(1)] == list(range(15, 27))
+    assert [revision for revision, _ in setup.asker.seen(2)] == [25, 26]
+
+
 def test_progress_names_who_is_behind(setup: Setup) -> None:
     setup.watch(1, b"quiet", None)
     setup.watch(2, b"k", None)

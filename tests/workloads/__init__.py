@@ -45,5 +45,5 @@ def all_workloads(
         CounterWorkload(history, timeout_s=timeout_s, hot=chance.randint(1, 3), prefix=prefix + b"counters/"),
         QueueWorkload(history, timeout_s=timeout_s, prefix=prefix + b"queue/"),
         LeaseWorkload(history, timeout_s=timeout_s, hot=chance.randint(1, 4), prefix=prefix + b"leases/"),
-        WatchWorkload(history, timeout_s=timeout_s, views=chance.randint(1, 3), prefix=prefix + b"watches/"),
+        WatchWorkload(history, timeout_s=timeout_s, views=chance.randint(2, 4), prefix=prefix + b"watches/"),
     ]

@@ -1,0 +1,228 @@
+"""What a watch's stream does with the frames of its nodes, one after the other, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvstore import codec
+from kvstore.client.watch import WINDOW_BYTES, Stream, What
+from kvstore.errors import KvError
+from kvstore.model import Event, Record
+from tests.fake_network import VirtualTime
+from tests.simulation.loop import VirtualLoop
+
+TIMEOUT_S = 5.0
+
+
+def event(revision: int, key: bytes = b"k") -> Event:
+    return Event(key, revision, Record(key, b"", 1, revision, 1))
+
+
+class FakeLink:
+    """One node, which hears and says what the test wants."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel: FakeLink | None = self
+        self.heard: list[Any] = []
+        self.last_error = f"{address} is gone"
+        self.closed = ""
+
+    def send(self, frame: codec.ClientFrame, sink: Stream) -> None:
+        self.heard.append(frame)
+
+    def tell(self, frame: codec.ClientFrame) -> None:
+        self.heard.append(frame)
+
+    def forget(self, frame_id: int) -> None: ...
+
+    def close(self, reason: str) -> None:
+        self.closed = reason
+
+
+class Setup:
+    def __init__(self, from_revision: int = 0, future: bool = False) -> None:
+        self.time = VirtualTime()
+        self.links = [FakeLink("n1"), FakeLink("n2")]
+        self.way: FakeLink | None = self.links[0]
+        self.parked: list[Stream] = []
+        self.failed: list[str] = []
+        ids = iter(range(1, 1000))
+        pool: Any = SimpleNamespace(
+            choose=lambda _route: self.way,
+            park=self.parked.append,
+            unpark=self.parked.remove,
+            next_id=lambda: next(ids),
+            failed=lambda _link, code, _hint: self.failed.append(code),
+            why_parked=lambda _route: SimpleNamespace(text="nobody is there"),
+        )
+        loop: Any = VirtualLoop(self.time.call_later, self.time.monotonic, self._wrong)
+        what = What(b"k", None, from_revision, False, True, True, future)
+        self.stream = Stream(loop, pool, Random(1), what, TIMEOUT_S, lambda _stream: None)
+        self.stream.begin()
+
+    @staticmethod
+    def _wrong(context: dict[str, Any]) -> None:
+        raise AssertionError(context)
+
+    @property
+    def asked(self) -> codec.Watch:
+        """The newest request for a watch."""
+        assert self.way is not None
+        return next(frame for frame in reversed(self.way.heard) if isinstance(frame, codec.Watch))
+
+    def stand(self, first: int) -> None:
+        self.stream.on_frame(codec.Watching(self.asked.id, first))
+
+    def tell(self, revision: int, *events: Event, size_bytes: int = 100, more: bool = False) -> None:
+        self.stream.on_frame(codec.WatchEvents(self.asked.id, revision, events, size_bytes, more))
+
+    def lose(self) -> None:
+        """The connection breaks, and another node is there."""
+        self.way = self.links[1] if self.way is self.links[0] else self.links[0]
+        self.stream.on_lost()
+        self.time.advance(1.0)
+
+    @property
+    def ready(self) -> list[tuple[tuple[Event, ...], int]]:
+        return [(events, revision) for events, revision, _ in self.stream.ready]
+
+
+def test_it_resumes_behind_what_it_has() -> None:
+    setup = Setup()
+    assert setup.asked.from_revision == 0
+    setup.stand(7)
+    setup.tell(9, event(8), event(9))
+    setup.lose()
+    assert setup.asked.from_revision == 10
+    setup.stand(10)
+    setup.tell(12, event(11))
+    assert setup.ready == [((event(8), event(9)), 9), ((event(11),), 12)]
+
+
+def test_before_any_event_it_resumes_where_it_stood() -> None:
+    setup = Setup()
+    setup.lose()
+    assert setup.asked.from_revision == 0, "nobody has said yet what is new"
+    setup.stand(7)
+    setup.lose()
+    assert setup.asked.from_revision == 7
+
+
+def test_half_a_revision_is_asked_for_again() -> None:
+    setup = Setup()
+    setup.stand(7)
+    setup.tell(7, event(7, b"k1"), more=True)
+    setup.lose()
+    assert setup.asked.from_revision == 7
+    setup.stand(7)
+    setup.tell(7, event(7, b"k1"), event(7, b"k2"), more=True)
+    assert setup.ready == []
+    setup.tell(7, event(7, b"k3"))
+    assert setup.ready == [(tuple(event(7, key) for key in (b"k1", b"k2", b"k3")), 7)]
+
+
+def test_progress_that_was_on_its_way_before_it_stood_is_not_its_own() -> None:
+    setup = Setup()
+    setup.stand(7)
+    setup.lose()
+    setup.stream.on_frame(codec.WatchProgress(0, 50, ()))
+    setup.stand(7)
+    assert setup.stream.next == 7
+    setup.stream.on_frame(codec.WatchProgress(0, 60, (setup.asked.id,)))
+    assert setup.stream.next == 7, "it is behind, says the node"
+    setup.stream.on_frame(codec.WatchProgress(0, 60, ()))
+    assert setup.stream.next == 61
+
+
+def test_progress_within_a_revision_completes_nothing() -> None:
+    setup = Setup()
+    setup.stand(7)
+    setup.tell(7, event(7), more=True)
+    setup.stream.on_frame(codec.WatchProgress(0, 9, ()))
+    assert setup.stream.next == 7
+
+
+def test_a_node_that_says_no_is_left_for_another() -> None:
+    setup = Setup()
+    setup.stand(7)
+    failure = codec.Failure(setup.asked.id, "no_leader", "I know none")
+    setup.way = setup.links[1]
+    setup.stream.on_frame(failure)
+    setup.time.advance(1.0)
+    assert setup.failed == ["no_leader"]
+    assert setup.asked.from_revision == 7
+
+
+@pytest.mark.parametrize("stood", [False, True])
+def test_without_a_node_for_its_time_it_gives_up(stood: bool) -> None:
+    setup = Setup()
+    if stood:
+        setup.stand(7)
+        setup.time.advance(10 * TIMEOUT_S)
+        assert setup.stream.error is None, "a quiet watch is a good one"
+    setup.way = None
+    setup.stream.on_lost()
+    setup.time.advance(TIMEOUT_S - 0.1)
+    assert setup.stream.error is None or not stood
+    setup.time.advance(0.2)
+    error = setup.stream.error
+    assert isinstance(error, KvError)
+    assert error.code == "timeout"
+    assert "n1 is gone" in error.message
+    assert setup.parked == []
+
+
+def test_a_refusal_ends_it() -> None:
+    setup = Setup(from_revision=3)
+    from msgspec import Raw
+
+    from kvstore.model import ErrorResult
+
+    result = Raw(codec.encode_result(ErrorResult("revision_compacted", "gone")))
+    setup.stream.on_frame(codec.Answer(setup.asked.id, result))
+    assert setup.stream.error is not None
+    assert setup.stream.error.code == "revision_compacted"
+
+
+def test_only_a_first_request_may_wait_for_the_future() -> None:
+    setup = Setup(from_revision=100, future=True)
+    assert setup.asked.future
+    setup.stand(100)
+    setup.lose()
+    assert setup.asked.future, "it has seen nothing yet"
+    setup.stand(100)
+    setup.tell(100, event(100))
+    setup.lose()
+    assert (setup.asked.from_revision, setup.asked.future) == (101, False)
+
+
+def test_it_asks_nobody_while_its_window_is_full() -> None:
+    setup = Setup()
+    setup.stand(1)
+    for revision in range(1, 11):
+        setup.tell(revision, event(revision), size_bytes=WINDOW_BYTES // 10)
+    setup.lose()
+    assert not setup.links[1].heard
+    while setup.stream.ready:
+        _, _, size_bytes = setup.stream.ready.popleft()
+        setup.stream.taken(size_bytes)
+    assert setup.asked.from_revision == 11
+    assert setup.asked.window_bytes >= WINDOW_BYTES // 4
+
+
+async def test_what_is_taken_is_credited_in_portions() -> None:
+    setup = Setup()
+    setup.stand(1)
+    for _ in range(3):
+        setup.stream.taken(WINDOW_BYTES // 8)
+    credits = [frame for frame in setup.links[0].heard if isinstance(frame, codec.WatchCredit)]
+    assert [frame.size_bytes for frame in credits] == [WINDOW_BYTES // 4]
+    setup.stream.close(KvError("enough"))
+    assert isinstance(setup.links[0].heard[-1], codec.WatchCancel)
+    await asyncio.sleep(0)
