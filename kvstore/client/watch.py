@@ -82,6 +82,8 @@ class Stream:
         self._partial: list[Event] = []  # of a revision whose end has yet to come
         self._owed_bytes = 0  # taken, and not yet credited
         self._waiter: asyncio.Future[None] | None = None
+        self.first = what.from_revision
+        """The first revision that is watched; 0 until the first node has said it."""
         self.next = what.from_revision
         """The first revision of which it lacks events; 0 until the first node has said from where on it watches."""
         self.ready: deque[tuple[tuple[Event, ...], int, int]] = deque()
@@ -230,6 +232,7 @@ class Stream:
                 self._complete((), frame.revision, 0)
         elif type(frame) is Watching:
             self.stands = self._is_served = True
+            self.first = self.first or frame.from_revision
             self.next = self.next or frame.from_revision
             if self._give_up is not None:
                 self._give_up.cancel()
@@ -302,7 +305,7 @@ class Watch:
         self._current: deque[Event] = deque()
         self._current_revision = 0  # what `_current`'s last event completes
         self._current_bytes = 0
-        self._next = stream.next
+        self._next = stream.first
 
     async def __aenter__(self) -> Watch:
         await self.standing()
@@ -335,7 +338,7 @@ class Watch:
     def next_revision(self) -> int:
         """Where to go on after what has been read: `kv.watch(..., from_revision=watch.next_revision)` misses nothing
         and repeats nothing, if every event of the revisions before has been dealt with. 0 before the watch stands."""
-        return self._next or self._stream.next
+        return self._next or self._stream.first
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -383,6 +386,6 @@ class Watch:
         return not events
 
     def _unload(self) -> None:
-        self._next = max(self._next, self._current_revision + 1)
+        self._next = max(self.next_revision, self._current_revision + 1)
         self._stream.taken(self._current_bytes)
         self._current_bytes = 0

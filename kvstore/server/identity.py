@@ -11,12 +11,14 @@ import hashlib
 import ipaddress
 from collections.abc import Callable, Iterable
 
+import google_crc32c
 import msgspec
 
 from kvstore.env import Files, split_address
 from kvstore.errors import StartupError
 
-DATA_FORMAT = 1
+# 2: META has a checksum.
+DATA_FORMAT = 2
 # Names go into file names, engine ids and log lines.
 NAME_BYTES_MAX = 64
 # What consensus's log segments end in, after a number.
@@ -69,10 +71,26 @@ def _parent(path: str) -> str:
     return head or slash or "."
 
 
-class _Meta(msgspec.Struct, frozen=True):
+class Meta(msgspec.Struct, frozen=True):
+    """What `META` holds. Of format 1, without a checksum, only what is there can be believed."""
+
     format: int
     name: str
     cluster_id: str
+    checksum: str = ""
+
+    @staticmethod
+    def of(name: str, cluster_id: str) -> Meta:
+        return Meta(DATA_FORMAT, name, cluster_id, _checksum(name, cluster_id))
+
+    @property
+    def is_whole(self) -> bool:
+        own = _checksum(self.name, self.cluster_id)
+        return self.format == 1 or (self.format == DATA_FORMAT and self.checksum == own)
+
+
+def _checksum(name: str, cluster_id: str) -> str:
+    return f"{google_crc32c.value(f'{DATA_FORMAT} {name} {cluster_id}'.encode()):08x}"
 
 
 class DataDirectory:
@@ -100,11 +118,8 @@ class DataDirectory:
         self.path = path
         self._release: Callable[[], None] | None = release
 
-    def belongs_to(self, name: str) -> str:
-        """The cluster id that the directory records; empty where it is new. Raises `StartupError`:
-        `data_format_newer`, `data_dir_mismatch` (another node's), `state_damaged`."""
-        if not self._files.exists(self._meta_path):
-            return ""
+    def meta(self) -> Meta:
+        """Whose directory it is. Raises `StartupError`: `data_format_newer`, `state_damaged`."""
         try:
             raw = self._files.read(self._meta_path)
             found = msgspec.json.decode(raw, type=dict[str, str | int]).get("format")
@@ -114,13 +129,23 @@ class DataDirectory:
                     "start it with that version or a later one",
                     code="data_format_newer",
                 )
-            meta = msgspec.json.decode(raw, type=_Meta)
-        except (OSError, msgspec.DecodeError) as error:
+            meta = msgspec.json.decode(raw, type=Meta)
+            if not meta.is_whole:
+                raise ValueError("its checksum is wrong")
+            return meta
+        except (OSError, ValueError) as error:
             raise StartupError(
                 f"{self._meta_path} cannot be read ({error}): restore it from a backup, or remove this node from the "
                 "cluster and join it anew with an empty directory",
                 code="state_damaged",
             ) from error
+
+    def belongs_to(self, name: str) -> str:
+        """The cluster id that the directory records; empty where it is new. Raises `StartupError`:
+        `data_format_newer`, `data_dir_mismatch` (another node's), `state_damaged`."""
+        if not self._files.exists(self._meta_path):
+            return ""
+        meta = self.meta()
         if meta.name != name:
             raise StartupError(
                 f"{self.path} belongs to node {meta.name}, not {name}: give each node a directory of its own",
@@ -155,10 +180,13 @@ class DataDirectory:
         """Record whose directory this is, where that is not recorded yet: once the log is there, and before anything
         is acknowledged to a client. Raises `StartupError`, as `check`."""
         self.check(name, cluster_id)
-        if self._files.exists(self._meta_path):
-            return
+        if not self._files.exists(self._meta_path):
+            self.claim_anew(name, cluster_id)
+
+    def claim_anew(self, name: str, cluster_id: str) -> None:
+        """Record whose directory this is, whoever it belonged to. Raises `StartupError`."""
         try:
-            self._files.replace(self._meta_path, msgspec.json.encode(_Meta(DATA_FORMAT, name, cluster_id)))
+            self._files.replace(self._meta_path, msgspec.json.encode(Meta.of(name, cluster_id)))
         except OSError as error:
             raise StartupError(f"cannot write {self._meta_path}: {error}") from error
 

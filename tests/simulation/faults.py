@@ -465,7 +465,7 @@ class Nemesis(RareFaults):
         self._tell("a bit flips", name=victim.name, where=where or "nowhere")
         if where:
             victim.is_rotten = True
-            victim.expected_failures |= {"wal_damaged", "state_damaged"}
+            victim.expected_failures |= {"wal_damaged", "state_damaged", "data_format_newer"}
         self._boot_later(victim, self._some_time_s())
         return True
 

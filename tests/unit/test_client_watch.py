@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import Raw
 
 from kvstore import codec
-from kvstore.client.watch import WINDOW_BYTES, Stream, What
+from kvstore.client.watch import WINDOW_BYTES, Stream, Watch, What
 from kvstore.errors import KvError
-from kvstore.model import Event, Record
+from kvstore.model import ErrorResult, Event, Record
 from tests.fake_network import VirtualTime
 from tests.simulation.loop import VirtualLoop
 
@@ -114,6 +115,20 @@ def test_before_any_event_it_resumes_where_it_stood() -> None:
     assert setup.asked.from_revision == 7
 
 
+async def test_where_to_go_on_is_behind_what_was_read_not_behind_what_is_here() -> None:
+    setup = Setup()
+    watch = Watch(setup.stream, False)
+    assert watch.next_revision == 0
+    setup.stand(7)
+    setup.tell(9, event(8), event(9))
+    assert watch.next_revision == 7
+    await anext(watch)
+    assert watch.next_revision == 9
+    await anext(watch)
+    assert watch.next_revision == 10
+    await watch.close()
+
+
 def test_half_a_revision_is_asked_for_again() -> None:
     setup = Setup()
     setup.stand(7)
@@ -180,10 +195,6 @@ def test_without_a_node_for_its_time_it_gives_up(stood: bool) -> None:
 
 def test_a_refusal_ends_it() -> None:
     setup = Setup(from_revision=3)
-    from msgspec import Raw
-
-    from kvstore.model import ErrorResult
-
     result = Raw(codec.encode_result(ErrorResult("revision_compacted", "gone")))
     setup.stream.on_frame(codec.Answer(setup.asked.id, result))
     assert setup.stream.error is not None

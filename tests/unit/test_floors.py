@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINES_MAX = 700
 
-GROUND = {"model", "errors", "codec", "limits", "env", "seldom"}
+GROUND = {"model", "errors", "codec", "limits", "env", "seldom", "backup"}
 # What each room may import of kvstore besides itself. A room that is not here (cli) may import all below it.
 FLOORS = {
     "state": GROUND - {"env", "seldom"},
@@ -29,6 +29,7 @@ GROUND_MAY_IMPORT = {
     "codec": {"model", "errors"},
     "limits": {"model", "errors"},
     "seldom": {"env"},
+    "backup": {"model", "errors"},
 }
 
 OUTSIDE_WORLD = {

@@ -317,6 +317,24 @@ async def test_a_claimed_directory_without_its_log_is_refused(tmp_path: Path, le
     assert not raft.started
 
 
+async def test_one_flipped_bit_in_meta_is_damage_and_an_older_meta_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "n1"
+    directory = DataDirectory(SystemFiles(), str(path))
+    directory.claim("n1", "x")
+    whole = (path / "META").read_bytes()
+    assert directory.belongs_to("n1") == "x"
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (path / "META").write_bytes(flipped)
+        with pytest.raises(StartupError) as refused:
+            directory.belongs_to("n1")
+        assert refused.value.code in ("state_damaged", "data_format_newer"), flipped
+    (path / "META").write_bytes(b'{"format":1,"name":"n1","cluster_id":"x"}')
+    assert directory.belongs_to("n1") == "x"
+    directory.close()
+
+
 async def test_insecure_opens_any_address_and_says_so_loudly(tmp_path: Path) -> None:
     log = RecordingLog()
     node = node_of(tmp_path, FakeRaft(), log, client_listen="0.0.0.0:0", insecure=True)
@@ -328,7 +346,9 @@ async def test_insecure_opens_any_address_and_says_so_loudly(tmp_path: Path) -> 
 def test_a_directory_of_a_newer_format_or_with_a_damaged_meta_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "n1"
     for content, code in (
-        (b'{"format":2,"name":"n1","cluster_id":"x","more":1}', "data_format_newer"),
+        (b'{"format":3,"name":"n1","cluster_id":"x","more":1}', "data_format_newer"),
+        (b'{"format":2,"name":"n1","cluster_id":"x"}', "state_damaged"),
+        (b'{"format":2,"name":"n1","cluster_id":"y","checksum":"3f16bd10"}', "state_damaged"),
         (b'{"format":1', "state_damaged"),
         (b'{"format":1,"name":7,"cluster_id":"x"}', "state_damaged"),
     ):

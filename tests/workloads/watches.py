@@ -90,12 +90,13 @@ class WatchWorkload:
             if free:
                 # Now and then all of them at once, each from where it left off: they catch up side by side.
                 views = free if chance.random() < 0.4 else [chance.choice(free)]
+                for view in views:
+                    view.is_busy = True
                 await asyncio.gather(*(self._visit(kv, view, STAY_MAX_S * chance.random()) for view in views))
                 return
         await one_or_several(lambda: self._change(kv, worker, chance), chance)
 
     async def _visit(self, kv: Client, view: _View, stay_s: float) -> None:
-        view.is_busy = True
         try:
             async with asyncio.timeout(stay_s):
                 await view.look(kv, self._prefix, self._timeout_s)
