@@ -107,6 +107,8 @@ REFUSED_CODES = frozenset(
         "not_learner",
         "not_caught_up",
         "cannot_remove_leader",
+        "backup_damaged",  # cut, changed, or no backup at all
+        "backup_format_newer",
     }
 )
 UNAVAILABLE_CODES = frozenset(
@@ -131,6 +133,7 @@ STARTUP_CODES = frozenset(
         "startup_failed",
         "data_dir_in_use",
         "data_format_newer",
+        "data_dir_not_empty",  # where something was to be restored
         "data_dir_mismatch",  # the directory belongs to another node or cluster
         "wal_damaged",
         "state_damaged",

@@ -56,6 +56,13 @@ def check_read(request: model.Read, size_bytes: int) -> None:
         if request.limit < 0:
             raise Refused("limit must not be negative", code="invalid_request")
         return
+    if isinstance(request, model.Digest):
+        _check_range(request.start, request.end, ())
+        if not 0 < request.limit <= model.DIGEST_RECORDS_MAX or not 0 < request.revision <= model.INT64_MAX:
+            raise Refused(
+                f"a digest is of a revision, and of 1 to {model.DIGEST_RECORDS_MAX} records", code="invalid_request"
+            )
+        return
     check_mutation(request, size_bytes)
     if isinstance(request, Txn) and not is_read_only(request):
         raise Refused("a read may hold only ranges; send a transaction that writes as a write", code="invalid_request")

@@ -38,6 +38,8 @@ WATCH_WINDOW_BYTES_MIN, WATCH_WINDOW_BYTES_MAX = 64 * 1024, 16 * 1024 * 1024
 WALK_MAX = 100_000
 # How far beyond a page its `count` looks: enough for "more than a thousand", for a millisecond.
 COUNT_AHEAD_MAX = 1000
+# Records under one page's digest: some milliseconds of hashing.
+DIGEST_RECORDS_MAX = 10_000
 TXN_DEPTH_MAX = 8  # nested transactions; deeper ones would only hide how many operations there are
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -229,7 +231,16 @@ class ListLeases(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
     limit: int = 0
 
 
-Read = Union[Range, Txn, DescribeLease, ListLeases]
+class Digest(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=27):
+    """A read: a hash over the records of `[start, end)` at a revision, of at most `limit` of them."""
+
+    start: bytes
+    end: bytes
+    revision: int
+    limit: int
+
+
+Read = Union[Range, Txn, DescribeLease, ListLeases, Digest]
 """What only reads; a Txn must hold nothing but ranges."""
 
 Mutation = Union[
@@ -329,6 +340,15 @@ class LeaseList(Struct, array_like=True, forbid_unknown_fields=True, frozen=True
     more: bool = False
 
 
+class DigestResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=25):
+    """Answer to Digest. `last` is the last key that is in it, empty where the range ended before `limit`."""
+
+    revision: int
+    digest: bytes
+    count: int
+    last: bytes = b""
+
+
 class ErrorResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=127):
     """A refusal, as a result: the request changed nothing. `operation` is as in `errors.KvError`."""
 
@@ -350,6 +370,7 @@ Result = Union[
     LeaseResult,
     LeaseStatus,
     LeaseList,
+    DigestResult,
     ErrorResult,
 ]
 

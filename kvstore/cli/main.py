@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import click
 
-from kvstore.cli import cluster, data, history, leases, nodes
+from kvstore.cli import backup, cluster, data, history, leases, nodes
 from kvstore.errors import InternalError, KvError, OutcomeUnknown, Refused, StartupError, Unavailable
 
 REFUSED, UNAVAILABLE, OUTCOME_UNKNOWN, STARTUP, INTERNAL, INTERRUPTED = 1, 3, 4, 5, 70, 130
@@ -60,7 +60,14 @@ def cli() -> None:
     """
 
 
-for command in (*nodes.COMMANDS, *cluster.COMMANDS, *data.COMMANDS, *history.COMMANDS, *leases.COMMANDS):
+for command in (
+    *nodes.COMMANDS,
+    *cluster.COMMANDS,
+    *data.COMMANDS,
+    *history.COMMANDS,
+    *leases.COMMANDS,
+    *backup.COMMANDS,
+):
     cli.add_command(command)
 
 

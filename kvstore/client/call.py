@@ -222,7 +222,7 @@ class Call:
 class ReadCall(Call):
     """A Range, or a Txn that only reads. Changes nothing, so it is repeated anywhere."""
 
-    __slots__ = ("_level", "_min_revision", "_request")
+    __slots__ = ("_address", "_level", "_min_revision", "_request")
 
     def __init__(
         self,
@@ -233,8 +233,11 @@ class ReadCall(Call):
         level: int,
         min_revision: int,
         route: Route,
+        address: str = "",
     ) -> None:
+        """`address`: the one node that is asked, where it is not any."""
         super().__init__(dispatcher, loop, deadline, route)
+        self._address = address
         self._request = request
         self._level = level
         self._min_revision = min_revision
@@ -244,6 +247,9 @@ class ReadCall(Call):
 
     def frame(self, frame_id: int) -> ClientFrame:
         return Read(frame_id, self._level, self._min_revision, Raw(self._request))
+
+    def choose(self, pool: Pool) -> Link | None:
+        return pool.at(self._address) if self._address else super().choose(pool)
 
 
 class AdminCall(Call):

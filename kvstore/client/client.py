@@ -44,6 +44,7 @@ from kvstore.model import (
     Delete,
     DeleteResult,
     DescribeLease,
+    DigestResult,
     DoneResult,
     GrantLease,
     KeepLease,
@@ -400,6 +401,24 @@ class Client:
             request = Range(start, end, page_records, at, bool(keys_only), False, bool(reverse))
             page = await self._read_at(request, timeout)
 
+    async def digest(
+        self,
+        start: bytes = b"",
+        end: bytes = b"",
+        *,
+        revision: int,
+        limit: int = model.DIGEST_RECORDS_MAX,
+        address: str = "",
+        timeout: float | None = None,
+    ) -> DigestResult:
+        """A hash over the first `limit` records of `[start, end)` (`b""`: no upper bound) as they were at a revision,
+        by the node at `address` (any, if empty). Equal on all replicas, or one of them is damaged."""
+        _check_bytes("start", start)
+        _check_bytes("end", end)
+        request = model.Digest(start, end, revision, limit)
+        level = codec.ReadLevel.LOCAL
+        return _expect(await self._read(request, level, revision, timeout, Route.ANY, address), DigestResult)
+
     # --- watches ------------------------------------------------------------------------------------------------------
 
     def watch(
@@ -558,14 +577,15 @@ class Client:
         return await self._settle(call)
 
     async def _read(
-        self, request: model.Read, level: int, revision: int, timeout: float | None, route: Route
+        self, request: model.Read, level: int, revision: int, timeout: float | None, route: Route, address: str = ""
     ) -> object:
         body = _encode(request)
         limits.check_read(request, len(body))
         loop = self._bind()
         # A later answer may raise what this client has seen while a read waits; its promise is of its beginning.
         least = max(self._revision, revision) if level == codec.ReadLevel.LOCAL else 0
-        call = ReadCall(self._dispatcher, loop, loop.time() + self._timeout(timeout), body, level, least, route)
+        deadline = loop.time() + self._timeout(timeout)
+        call = ReadCall(self._dispatcher, loop, deadline, body, level, least, route, address)
         self._dispatcher.submit_read(call)
         return await self._settle(call)
 

@@ -314,6 +314,8 @@ class Machine:
                 return txn.read_point(self._position.revision, request.start, self._records.get(request.start))
         elif isinstance(request, (DescribeLease, ListLeases)):
             return self._read_leases(request, max(log_time_ms, self._position.log_time_ms))
+        elif isinstance(request, model.Digest):
+            return txn.read_digest(self._idle, request)
         elif not is_read_only(request):  # type: ignore[arg-type]
             return txn.refused(Refused("a read may hold only ranges; send it as a write"))
         return txn.execute(self._idle, request)
@@ -350,6 +352,23 @@ class Machine:
     def compaction_due(self) -> int | None:
         """The revision that an automatic Compact should name now, if any. Cheap."""
         return self._records.compaction_due(self._position.log_time_ms)
+
+    def describe(self, digest: bool) -> dict[str, int | str]:
+        """Where it stands, as plain data; with `digest` also what it holds, which takes a walk over everything."""
+        position = self._position
+        described: dict[str, int | str] = {
+            "applied_index": position.index,
+            "applied_term": position.term,
+            "revision": position.revision,
+            "compacted_revision": position.compacted_revision,
+            "log_time_ms": position.log_time_ms,
+            "sessions": len(self._sessions.by_id),
+            "leases": len(self._leases.by_id),
+        }
+        if digest:
+            described["records"] = sum(1 for _ in self._records.scan(b"", b""))
+            described["digest"] = self.digest()
+        return described
 
     def digest(self) -> str:
         """A hash of the whole logical state: equal on replicas that applied the same entries. Walks every record, at

@@ -23,6 +23,7 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from kvstore import codec, model
+from kvstore.backup import RecordsHash
 from kvstore.errors import Refused
 from kvstore.model import (
     Add,
@@ -385,6 +386,40 @@ def read_point(revision: int, key: bytes, packed: bytes | None) -> bytes:
     return _encode(RangeResult(revision, (record_of(key, packed),), 1))
 
 
+def read_digest(view: Overlay, request: model.Digest) -> bytes:
+    """The encoded result of a Digest, or of its refusal."""
+    revision = view.revision
+    try:
+        _check_readable(view, request.revision, revision)
+    except Refused as refusal:
+        return refused(refusal)
+    start, end = request.start, request.end
+    if request.revision == revision:
+        pairs = view.scan(start, end)
+    else:
+        pairs = view.scan_at(start, end, request.revision)
+    hashed = RecordsHash()
+    count, last = 0, b""
+    for key, packed in pairs:
+        hashed.add(key, packed)
+        count += 1
+        if count == request.limit:
+            last = key
+            break
+    return _encode(model.DigestResult(revision, hashed.digest(), count, last))
+
+
+def _check_readable(view: Overlay, at: int, newest: int) -> None:
+    """Raises `Refused`: `revision_in_future`, `revision_compacted`."""
+    if at > newest:
+        raise Refused(f"revision {at} is in the future; the newest is {newest}", code="revision_in_future")
+    if at and at < view.compacted_revision:
+        raise Refused(
+            f"revision {at} is compacted; the oldest that can be read is {view.compacted_revision}",
+            code="revision_compacted",
+        )
+
+
 def read_range(view: Overlay, request: Range, pending: Pending | None) -> RangeResult:
     """Read a range. `pending` is what its transaction wrote before it; without one, what does not fit is left out.
     Raises `Refused`."""
@@ -392,13 +427,7 @@ def read_range(view: Overlay, request: Range, pending: Pending | None) -> RangeR
     at = request.revision
     if at < 0 or request.limit < 0:
         raise Refused("limit and revision must not be negative", code="invalid_range")
-    if at > revision:
-        raise Refused(f"revision {at} is in the future; the newest is {revision}", code="revision_in_future")
-    if at and at < view.compacted_revision:
-        raise Refused(
-            f"revision {at} is compacted; the oldest that can be read is {view.compacted_revision}",
-            code="revision_compacted",
-        )
+    _check_readable(view, at, revision)
     now = not at or at == revision
     start, end = request.start, request.end
     if end is None:

@@ -147,6 +147,7 @@ class ClusterProcesses:
             for number in range(nodes)
         }
         self._initial = tuple(self.nodes)
+        self.knowing: set[str] = set()  # nodes whose directory alone says of which cluster they are
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ class ClusterProcesses:
     def serve_arguments(self, name: str) -> list[str]:
         node = self.nodes[name]
         where = ["--name", name, "--data-dir", str(node.data_dir)]
-        if name in self._initial:
+        if name in self._initial and name not in self.knowing:
             where += ["--peers", self.peers]
         else:
             where += ["--listen", node.peer_address, "--client-listen", node.client_address]

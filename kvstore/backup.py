@@ -1,0 +1,258 @@
+"""The file of a backup: what a store held at one revision. Written by `kvstore backup`, read by `kvstore restore`.
+
+    magic                   b"kvstore backup 1\\n"
+    chunk*                  length and CRC32C (4 bytes each, big-endian), then msgpack, compressed with zlib
+
+Each chunk is one of the structs below: a `Header`, any number of `Records` in key order, the `Leases`, and an `End`,
+which has the counts, the digest of the records, and a SHA-256 of all bytes before it. So a file that was cut, or
+changed by a single byte anywhere, is refused, and nothing of it is believed before its end was seen.
+
+The digest is that of `kvstore verify`: hashes of pages of `DIGEST_RECORDS_MAX` records, hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Union
+
+import google_crc32c
+import msgspec
+from msgspec import Struct
+
+from kvstore.errors import Refused
+from kvstore.model import DIGEST_RECORDS_MAX, Record
+
+FORMAT = 1
+_MAGIC_STEM = b"kvstore backup "
+MAGIC = _MAGIC_STEM + b"%d\n" % FORMAT
+_FRAME = struct.Struct(">II")
+# A chunk of records is closed at about this size; one record may be larger than that by itself.
+CHUNK_BYTES = 1024 * 1024
+# What a chunk may take, compressed or not: a page of records with the largest one as its last.
+CHUNK_BYTES_MAX = 4 * 1024 * 1024
+_LEASES_PER_CHUNK = 50_000
+# Little work, and most of what text-like values give.
+_COMPRESSION = 1
+
+
+class Header(Struct, array_like=True, frozen=True, tag=0):
+    """Where and when it was made. `made_ms`: milliseconds since 1970 by the clock of the machine that asked for it."""
+
+    format: int
+    cluster_id: str
+    revision: int
+    made_ms: int
+    version: str
+
+
+class SavedLease(Struct, array_like=True, frozen=True, gc=False):
+    id: int
+    ttl_ms: int
+    remaining_ms: int
+
+
+class Leases(Struct, array_like=True, frozen=True, tag=1):
+    leases: tuple[SavedLease, ...]
+
+
+class Records(Struct, array_like=True, frozen=True, tag=2):
+    records: tuple[Record, ...]
+
+
+class End(Struct, array_like=True, frozen=True, tag=3):
+    leases: int
+    records: int
+    digest: bytes
+    sha256: bytes
+
+
+Chunk = Union[Header, Leases, Records, End]
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Chunk)
+
+
+def packed(record: Record) -> bytes:
+    """A record as the state machine keeps it: what its hash is over."""
+    return _RECORD.pack(1, record.create_revision, record.mod_revision, record.version, record.lease) + record.value
+
+
+_RECORD = struct.Struct(">BQQQQ")
+
+
+class RecordsHash:
+    """A hash over records in key order; equal for equal records, whoever computes it."""
+
+    __slots__ = ("_hash",)
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, key: bytes, packed: bytes) -> None:
+        self._hash.update(_FRAME.pack(len(key), len(packed)))
+        self._hash.update(key)
+        self._hash.update(packed)
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+class PagedHash:
+    """The digest of a whole store, record by record or page by page."""
+
+    def __init__(self) -> None:
+        self._whole = RecordsHash()
+        self._page = RecordsHash()
+        self._in_page = 0
+        self.count = 0
+
+    def add(self, record: Record) -> None:
+        self._page.add(record.key, packed(record))
+        self._in_page += 1
+        if self._in_page == DIGEST_RECORDS_MAX:
+            self._end_page()
+
+    def add_page(self, digest: bytes, count: int) -> None:
+        self._whole.add(b"", digest)
+        self.count += count
+
+    def digest(self) -> bytes:
+        if self._in_page:
+            self._end_page()
+        return self._whole.digest()
+
+    def _end_page(self) -> None:
+        self.add_page(self._page.digest(), self._in_page)
+        self._page, self._in_page = RecordsHash(), 0
+
+
+class BackupWriter:
+    """Writes one backup into an open file. `header`, `leases`, `record` as often as needed, `end`."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha = hashlib.sha256()
+        self._hash = PagedHash()
+        self._records: list[Record] = []
+        self._records_bytes = 0
+        self._leases = 0
+        self._count = 0
+        self.size_bytes = 0
+        self._write(MAGIC)
+
+    def header(self, header: Header) -> None:
+        self._chunk(header)
+
+    def leases(self, leases: tuple[SavedLease, ...]) -> None:
+        """All of them, once, after the records."""
+        if self._records:
+            self._end_chunk()
+        self._leases += len(leases)
+        for at in range(0, len(leases), _LEASES_PER_CHUNK):
+            self._chunk(Leases(leases[at : at + _LEASES_PER_CHUNK]))
+
+    def record(self, record: Record) -> None:
+        self._hash.add(record)
+        self._count += 1
+        self._records.append(record)
+        self._records_bytes += len(record.key) + len(record.value)
+        if self._records_bytes >= CHUNK_BYTES:
+            self._end_chunk()
+
+    def end(self) -> End:
+        """Write the end. Whoever opened the file still has to sync it."""
+        end = End(self._leases, self._count, self._hash.digest(), self._sha.digest())
+        self._chunk(end)
+        return end
+
+    def _end_chunk(self) -> None:
+        self._chunk(Records(tuple(self._records)))
+        self._records, self._records_bytes = [], 0
+
+    def _chunk(self, chunk: Chunk) -> None:
+        body = zlib.compress(msgspec.msgpack.encode(chunk), _COMPRESSION)
+        length = len(body).to_bytes(4, "big")
+        self._write(length + google_crc32c.value(length + body).to_bytes(4, "big") + body)
+
+    def _write(self, data: bytes) -> None:
+        self._sha.update(data)
+        self._file.write(data)
+        self.size_bytes += len(data)
+
+
+def read_backup(file: BinaryIO) -> Iterator[Chunk]:
+    """Every chunk, in order, each checked; the `End` comes last, and only if the file is whole. Raises
+    `Refused`: `backup_damaged`, `backup_format_newer`."""
+    sha = hashlib.sha256()
+    magic = file.read(len(MAGIC))
+    if magic != MAGIC:
+        raise _no_backup(magic)
+    sha.update(magic)
+    offset = len(magic)
+    hashed = PagedHash()
+    leases = records = 0
+    last_key: bytes | None = None
+    expected: tuple[type, ...] = (Header,)
+    while True:
+        frame = file.read(_FRAME.size)
+        length, checksum = _FRAME.unpack(frame) if len(frame) == _FRAME.size else (CHUNK_BYTES_MAX + 1, 0)
+        body = file.read(length) if length <= CHUNK_BYTES_MAX else b""
+        if len(body) != length or google_crc32c.value(frame[:4] + body) != checksum:
+            raise _damaged(offset, "a chunk is cut off or its checksum is wrong")
+        chunk = _decoded(body, offset)
+        if not isinstance(chunk, expected):
+            raise _damaged(offset, f"a {type(chunk).__name__} stands where it cannot")
+        if isinstance(chunk, Header):
+            if chunk.format > FORMAT:
+                raise _newer(chunk.format)
+            expected = (Records, Leases, End)
+        elif isinstance(chunk, Leases):
+            expected = (Leases, End)
+            leases += len(chunk.leases)
+        elif isinstance(chunk, Records):
+            for record in chunk.records:
+                if last_key is not None and record.key <= last_key:
+                    raise _damaged(offset, "its records are out of order")
+                last_key = record.key
+                hashed.add(record)
+            records += len(chunk.records)
+        elif (chunk.leases, chunk.records, chunk.digest) != (leases, records, hashed.digest()):
+            raise _damaged(offset, "what it holds is not what its end says")
+        elif chunk.sha256 != sha.digest() or file.read(1):
+            raise _damaged(offset, "its end does not belong to it")
+        yield chunk
+        if isinstance(chunk, End):
+            return
+        sha.update(frame)
+        sha.update(body)
+        offset += len(frame) + len(body)
+
+
+def _decoded(body: bytes, offset: int) -> Chunk:
+    try:
+        inflated = zlib.decompressobj()
+        data = inflated.decompress(body, CHUNK_BYTES_MAX)
+        if inflated.unconsumed_tail or not inflated.eof or inflated.unused_data:
+            raise _damaged(offset, "a chunk is larger than it can be, or not whole")
+        chunk: Chunk = _decoder.decode(data)
+    except (zlib.error, msgspec.DecodeError) as error:
+        raise _damaged(offset, str(error)) from error
+    return chunk
+
+
+def _no_backup(magic: bytes) -> Refused:
+    if magic.startswith(_MAGIC_STEM) and magic[len(_MAGIC_STEM) : -1].isdigit() and magic.endswith(b"\n"):
+        return _newer(int(magic[len(_MAGIC_STEM) : -1]))
+    return Refused("this file is no backup of kvstore, or its beginning is damaged", code="backup_damaged")
+
+
+def _newer(found: int) -> Refused:
+    return Refused(
+        f"the backup is of format {found}; this version knows up to {FORMAT}: restore it with a newer one",
+        code="backup_format_newer",
+    )
+
+
+def _damaged(offset: int, why: str) -> Refused:
+    return Refused(f"the backup is damaged at offset {offset}: {why}; use another", code="backup_damaged")

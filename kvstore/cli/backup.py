@@ -1,0 +1,250 @@
+"""`backup`, `restore`, `verify`, `inspect`, `recover`: keeping a store's data, and looking after it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from kvstore.cli.options import Connection, connection_options, output_option
+from kvstore.cli.text import print_json, print_table
+from kvstore.client.backup import ReplicaDigest, back_up
+from kvstore.client.backup import verify as compare
+from kvstore.client.client import Client
+from kvstore.errors import Refused
+from kvstore.model import Member
+
+DIFFERS = 1
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--force", is_flag=True, help="Overwrite FILE if it is there.")
+@output_option
+@connection_options
+def backup(file: str, force: bool, output: str, connection: Connection) -> None:
+    """Write all records and leases of a running cluster, as they are at one revision, to FILE.
+
+    The cluster goes on meanwhile. FILE is compressed and checksummed, and appears when it is complete. History before
+    that revision, sessions and members are not in it.
+    """
+    from kvstore.cli.serve import version
+
+    if os.path.exists(file) and not force:
+        raise click.UsageError(f"{file} is there already; choose another name, or pass --force")
+    partial = f"{file}.part"
+
+    try:
+        with open(partial, "wb") as opened, progress("records") as report:
+            made = connection.call(lambda client: back_up(client, opened, version(), report))
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(partial, file)
+    except OSError as error:
+        raise click.ClickException(f"cannot write {partial}: {error}") from error
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+    end = made.end
+    if output == "json":
+        print_json(
+            {
+                "file": file,
+                "revision": made.revision,
+                "records": end.records,
+                "leases": end.leases,
+                "digest": end.digest.hex(),
+                "size_bytes": made.size_bytes,
+            }
+        )
+    else:
+        click.echo(
+            f"{file}: {end.records} records and {end.leases} leases at revision {made.revision}, "
+            f"{made.size_bytes} bytes, digest {end.digest.hex()}"
+        )
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--name", required=True, help="The name of the node whose directory this will be.")
+@click.option(
+    "--data-dir", required=True, type=click.Path(file_okay=False), help="A directory that is empty or missing."
+)
+@click.option(
+    "--peers",
+    metavar="NAME=PEER[/CLIENT],…",
+    help="All nodes of the new cluster, this one among them, as for `kvstore serve`; without it, this node alone.",
+)
+@click.option("--cluster-token", default="", help="As for `kvstore serve`: the same on all nodes of the new cluster.")
+@output_option
+def restore(file: str, name: str, data_dir: str, peers: str | None, cluster_token: str, output: str) -> None:
+    """Make the data directory of a node of a new cluster from a backup.
+
+    For several nodes run it on each, with the same FILE, --peers and --cluster-token, before any of them is started;
+    then start them with `kvstore serve` without --peers. The cluster has a new id: nodes of the old one are refused.
+
+    \b
+      kvstore restore shop.backup --name n1 --data-dir d1 --peers n1=127.0.0.1:7411/127.0.0.1:7421
+      kvstore serve --name n1 --data-dir d1 --listen 127.0.0.1:7411 --client-listen 127.0.0.1:7421
+    """
+    from kvstore.cli.nodes import parse_peers
+    from kvstore.env import SystemChance, SystemFiles
+    from kvstore.server import offline
+    from kvstore.state.storage import RocksStorage
+
+    members = parse_peers(peers) if peers is not None else (Member(name, "", "", "", True),)
+    with open(file, "rb") as opened, progress("records") as report:
+        restored = offline.restore(
+            SystemFiles(), SystemChance(), RocksStorage, opened, data_dir, name, members, cluster_token,
+            lambda records: report(records, 0),
+        )  # fmt: skip
+    if output == "json":
+        print_json(
+            {
+                "data_dir": data_dir,
+                "cluster_id": restored.cluster_id,
+                "revision": restored.revision,
+                "records": restored.records,
+                "leases": restored.leases,
+                "digest": restored.digest.hex(),
+            }
+        )
+    else:
+        click.echo(
+            f"{data_dir}: {restored.records} records and {restored.leases} leases at revision {restored.revision}, "
+            f"digest {restored.digest.hex()}; of the new cluster {restored.cluster_id}"
+        )
+
+
+@click.command()
+@output_option
+@connection_options
+def verify(output: str, connection: Connection) -> int:
+    """Compare the records of all replicas at one revision. Exit code 1 if one differs, and since which revision.
+
+    What the cluster's state is, is what most replicas hold. One that differs is damaged: remove it with `kvstore member
+    remove`, empty its data directory, and join it again. One that does not answer is told, and makes exit code 3.
+    """
+
+    async def look(client: Client) -> Any:
+        with progress("records") as report:
+            return await compare(client, report)
+
+    verified = connection.call(look)
+    if output == "json":
+        print_json({"revision": verified.revision, "replicas": [_plain(replica) for replica in verified.replicas]})
+    else:
+        print_table(("node", "address", "records", "digest", "note"), [_row(replica) for replica in verified.replicas])
+        same = "all replicas are the same" if verified.agree else "not all replicas are known to be the same"
+        click.echo(f"{same} at revision {verified.revision}")
+    if any(replica.differs_since for replica in verified.replicas):
+        return DIFFERS
+    return 0 if verified.agree else 3
+
+
+def _plain(replica: ReplicaDigest) -> dict[str, Any]:
+    return {
+        "name": replica.member.name,
+        "records": replica.count,
+        "digest": replica.digest.hex(),
+        "differs_since_revision": replica.differs_since or None,
+        "error": None if replica.error is None else {"code": replica.error.code, "message": replica.error.message},
+    }
+
+
+def _row(replica: ReplicaDigest) -> tuple[str, ...]:
+    if replica.error is not None:
+        return (replica.member.name, replica.member.client_address, "", "", f"no answer: {replica.error.code}")
+    note = f"differs since revision {replica.differs_since}" if replica.differs_since else "the same"
+    return (replica.member.name, replica.member.client_address, str(replica.count), replica.digest.hex(), note)
+
+
+@click.command()
+@click.argument("data_dir", type=click.Path(exists=True, file_okay=False))
+@click.option("--digest", is_flag=True, help="Also hash and count all records; takes time in proportion to them.")
+@output_option
+def inspect(data_dir: str, digest: bool, output: str) -> None:
+    """What the data directory of a stopped node holds: whose it is, its log, its state."""
+    from kvstore.env import SystemFiles
+    from kvstore.server import offline
+    from kvstore.state.storage import RocksStorage
+
+    found = offline.inspect(SystemFiles(), RocksStorage, data_dir, digest=digest)
+    if output == "json":
+        print_json(found)
+        return
+    rows = [("node", found["name"]), ("cluster id", found["cluster_id"])]
+    rows += [
+        (f"member {member['name']}", f"{member['peer_address']} {'voter' if member['voter'] else 'learner'}")
+        for member in found["members"]
+    ]
+    for part in ("log", "state"):
+        rows += [(f"{part}: {key.replace('_', ' ')}", _text(value)) for key, value in found[part].items()]
+    print_table(("what", "is"), rows)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+@click.command()
+@click.argument("data_dir", type=click.Path(exists=True, file_okay=False))
+@click.option("--name", required=True, help="The node whose directory this is.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@output_option
+def recover(data_dir: str, name: str, yes: bool, output: str) -> None:
+    """The last resort, when a majority is lost for good: make a cluster of one node from a survivor's directory.
+
+    \b
+    What you have to know before:
+    - Writes that were acknowledged by the lost nodes and never reached this one are LOST. Nobody can tell which.
+    - Writes in this node's log that were never acknowledged count from now on.
+    - The cluster gets a new id. Never start a node of the old one again: join new, empty ones with `kvstore join`.
+    - If several nodes survive, take the one whose log goes furthest (`kvstore inspect`: last term, then last index).
+    """
+    from kvstore.env import SystemChance, SystemFiles
+    from kvstore.server import offline
+    from kvstore.state.storage import RocksStorage
+
+    if not yes:
+        warning = (
+            f"{name} becomes the only member of a new cluster. Acknowledged writes that it does not hold are lost."
+        )
+        click.echo(click.style(warning, fg="red", bold=True), err=True)
+        typed = click.prompt(f"Type the node's name, {name}, to go on", err=True)
+        if typed != name:
+            raise Refused("not confirmed; nothing was changed")
+    recovered = offline.recover(SystemFiles(), SystemChance(), RocksStorage, data_dir, name)
+    if output == "json":
+        print_json(
+            {
+                "cluster_id": recovered.cluster_id,
+                "old_cluster_id": recovered.old_cluster_id,
+                "last_index": recovered.last_index,
+                "lost_members": list(recovered.lost_members),
+            }
+        )
+        return
+    click.echo(f"{name} is the only member of the new cluster {recovered.cluster_id}")
+    click.echo(f"gone: {', '.join(recovered.lost_members) or 'nobody'}; join new nodes once it runs")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal. Gives a function that takes how many are done, and of how many (0:
+    nobody knows)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+COMMANDS: tuple[click.Command, ...] = (backup, restore, verify, inspect, recover)

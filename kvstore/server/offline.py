@@ -1,0 +1,223 @@
+"""What is done to a data directory while no node runs on it: restoring a backup, recovering a survivor, looking inside.
+
+Each takes the directory's lock, so that none of it meets a running node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from msgspec import Struct
+
+from kvstore import backup
+from kvstore.env import Chance, Files
+from kvstore.errors import StartupError
+from kvstore.model import Member
+from kvstore.raft.fsm import EntryKind
+from kvstore.raft.members import Configuration, newest_configuration
+from kvstore.raft.state_directory import StateDirectory
+from kvstore.raft.wal import Wal
+from kvstore.server.identity import DataDirectory, check_name, cluster_id
+from kvstore.state.machine import Machine
+from kvstore.state.restore import FIRST_INDEX, FIRST_TERM, Restoring
+from kvstore.state.storage import OpenStorage
+
+# --- restoring --------------------------------------------------------------------------------------------------------
+
+
+class Restored(Struct, frozen=True):
+    cluster_id: str
+    revision: int
+    records: int
+    leases: int
+    digest: bytes
+
+
+def restore(
+    files: Files,
+    chance: Chance,
+    open_storage: OpenStorage,
+    file: BinaryIO,
+    data_dir: str,
+    name: str,
+    members: tuple[Member, ...],
+    token: str,
+    progress: Callable[[int], object] = lambda records: None,
+) -> Restored:
+    """Make `data_dir`, which must be empty or missing, that of the node `name` in a new cluster of `members` whose
+    state is the backup's. Done with one file, names and token on each of its machines, it makes one cluster; its id
+    is a new one, so neither the old cluster's nodes nor clients that were told its id can mix with it.
+
+    Raises `Refused` (`backup_damaged`, `backup_format_newer`), `StartupError` (`data_dir_not_empty`,
+    `data_dir_in_use`, …), OSError. Where it fails, the directory is empty again.
+    """
+    check_name(name)
+    if name not in {member.name for member in members}:
+        raise StartupError(f"{name} is not among the members of the new cluster: {', '.join(m.name for m in members)}")
+    found = [entry for entry in files.list_dir(data_dir) if entry != "LOCK"]
+    if found:
+        raise StartupError(
+            f"{data_dir} is not empty ({', '.join(found[:4])}): restore into a new directory; nothing was changed",
+            code="data_dir_not_empty",
+        )
+    directory = DataDirectory(files, data_dir)
+    try:
+        restored = _fill(files, open_storage, file, data_dir, members, token, progress)
+        wal = Wal.open(files, f"{data_dir}/wal", node_id=f"{chance.getrandbits(64):016x}")
+        wal.reset(FIRST_INDEX, FIRST_TERM)
+        wal.sync()
+        wal.close()
+        directory.claim(name, restored.cluster_id)
+    except BaseException:
+        for part in ("state", "wal"):
+            files.remove_tree(f"{data_dir}/{part}")
+        raise
+    finally:
+        directory.close()
+    return restored
+
+
+def _fill(
+    files: Files,
+    open_storage: OpenStorage,
+    file: BinaryIO,
+    data_dir: str,
+    members: tuple[Member, ...],
+    token: str,
+    progress: Callable[[int], object],
+) -> Restored:
+    storage = open_storage(StateDirectory(files, f"{data_dir}/state").current())
+    try:
+        filling = Restoring(storage)
+        header: backup.Header | None = None
+        records = 0
+        for chunk in backup.read_backup(file):
+            if isinstance(chunk, backup.Header):
+                header = chunk
+                continue
+            assert header is not None, "a backup begins with its header"
+            if isinstance(chunk, backup.Records):
+                filling.records(chunk.records)
+                records += len(chunk.records)
+                progress(records)
+            elif isinstance(chunk, backup.Leases):
+                filling.leases(chunk.leases, header.made_ms)
+            else:
+                filling.end(header.revision, header.made_ms, Configuration.of(members).encode())
+                names = [member.name for member in members]
+                new_id = cluster_id(names, f"{token} restored from {chunk.sha256.hex()}")
+                return Restored(new_id, header.revision, chunk.records, chunk.leases, chunk.digest)
+    finally:
+        storage.close()
+    raise AssertionError("a backup ends with its end")
+
+
+# --- recovering -------------------------------------------------------------------------------------------------------
+
+
+class Recovered(Struct, frozen=True):
+    cluster_id: str
+    old_cluster_id: str
+    last_index: int
+    applied_index: int
+    lost_members: tuple[str, ...]
+
+
+def recover(
+    files: Files, chance: Chance, open_storage: OpenStorage, data_dir: str, name: str, *, token: str = ""
+) -> Recovered:
+    """Make the survivor whose directory this is the only member of a cluster with a new id.
+
+    All that is in its log counts from then on, also what was never acknowledged; what only the others held is lost.
+    Raises `StartupError`, as starting a node does.
+    """
+    if not files.exists(f"{data_dir}/META"):
+        raise StartupError(f"there is no node's data in {data_dir}")
+    directory = DataDirectory(files, data_dir)
+    try:
+        old_id = directory.belongs_to(name)
+        directory.check(name, old_id)
+        machine = Machine(open_storage, StateDirectory(files, f"{data_dir}/state").current())
+        try:
+            applied, applied_at = machine.members, (machine.applied_term, machine.applied_index)
+        finally:
+            machine.close()
+        wal = Wal.open(files, f"{data_dir}/wal", node_id="")
+        try:
+            if applied_at[1] and wal.term_at(applied_at[1]) != applied_at[0]:
+                wal.reset(applied_at[1], applied_at[0])
+            configuration, _ = newest_configuration(wal.entries, applied, applied_at, ())
+            own = configuration.get(name)
+            if own is None:
+                known = ", ".join(member.name for member in configuration.members) or "nobody"
+                raise StartupError(
+                    f"{name} was no member by its own log, which knows {known}: recover another node",
+                    code="removed_from_cluster",
+                )
+            alone = Configuration((Member(name, own.peer_address, own.client_address, wal.node_id, True),))
+            wal.set_term(wal.term + 1, None)  # whatever its old leader has yet to say is of an older one
+            wal.append(bytes([EntryKind.MEMBERS]) + alone.encode(), wal.last_index + 1, wal.term)
+            wal.sync()
+            last_index = wal.last_index
+        finally:
+            wal.close()
+        new_id = cluster_id([name], token or f"recovered {chance.getrandbits(128):032x}")
+        directory.claim_anew(name, new_id)
+    finally:
+        directory.close()
+    lost = tuple(member.name for member in configuration.members if member.name != name)
+    return Recovered(new_id, old_id, last_index, applied_at[1], lost)
+
+
+# --- looking inside ---------------------------------------------------------------------------------------------------
+
+
+def inspect(files: Files, open_storage: OpenStorage, data_dir: str, *, digest: bool = False) -> dict[str, Any]:
+    """What a data directory holds, as plain data. Changes nothing but that a torn end of the log is cut, as the next
+    start would. Raises `StartupError`."""
+    if not files.is_dir(data_dir) or not files.exists(f"{data_dir}/META"):
+        raise StartupError(f"there is no node's data in {data_dir}")
+    directory = DataDirectory(files, data_dir)
+    try:
+        meta = directory.meta()
+        machine = Machine(open_storage, StateDirectory(files, f"{data_dir}/state").current())
+        try:
+            state = machine.describe(digest)
+            members = machine.members
+            applied_at = (machine.applied_term, machine.applied_index)
+        finally:
+            machine.close()
+        wal = Wal.open(files, f"{data_dir}/wal", node_id="")
+        try:
+            configuration, _ = newest_configuration(wal.entries, members, applied_at, ())
+            log = {
+                "node_id": wal.node_id,
+                "term": wal.term,
+                "voted_for": wal.voted_for,
+                "first_index": wal.first_index,
+                "last_index": wal.last_index,
+                "last_term": wal.last_term,
+                "entries_bytes": wal.size_bytes,
+                "segments": [name for name in files.list_dir(f"{data_dir}/wal") if name.endswith(".wal")],
+            }
+        finally:
+            wal.close()
+    finally:
+        directory.close()
+    return {
+        "name": meta.name,
+        "cluster_id": meta.cluster_id,
+        "members": [
+            {
+                "name": m.name,
+                "peers": m.peer_address,
+                "clients": m.client_address,
+                "node_id": m.node_id,
+                "voter": m.voter,
+            }
+            for m in configuration.members
+        ],
+        "log": log,
+        "state": state,
+    }

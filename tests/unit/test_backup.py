@@ -1,0 +1,272 @@
+"""The backup's file: whole or refused, whatever byte is changed. And what is done with it offline."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+
+import kvstore
+from kvstore import Put, Refused, StartupError, Unavailable
+from kvstore.backup import (
+    BackupWriter,
+    End,
+    Header,
+    Leases,
+    PagedHash,
+    Records,
+    SavedLease,
+    packed,
+    read_backup,
+)
+from kvstore.client import backup as client_backup
+from kvstore.client.backup import back_up
+from kvstore.embedded import NODE_NAME
+from kvstore.env import SystemChance, SystemFiles
+from kvstore.model import Member, Record
+from kvstore.server import offline
+from kvstore.state.layout import record_of
+from kvstore.state.storage import RocksStorage
+
+ALONE = (Member(NODE_NAME, "", "", "", True),)
+
+
+def written(records: int = 50, leases: int = 3) -> bytes:
+    file = io.BytesIO()
+    writer = BackupWriter(file)
+    writer.header(Header(1, "cluster", 77, 1_700_000_000_000, "1.0"))
+    for number in range(records):
+        writer.record(Record(b"k%04d" % number, b"value %d" % number * 3, number + 1, number + 2, 2, number % 2))
+    writer.leases(tuple(SavedLease(number + 1, 60_000, 1_000 * number) for number in range(leases)))
+    end = writer.end()
+    assert (end.records, end.leases, writer.size_bytes) == (records, leases, len(file.getvalue()))
+    return file.getvalue()
+
+
+def code_of(data: bytes) -> str:
+    try:
+        for _ in read_backup(io.BytesIO(data)):
+            pass
+    except Refused as refusal:
+        if not refusal.message:
+            raise
+        return refusal.code
+    return ""
+
+
+def test_what_was_written_is_read() -> None:
+    header, records, leases, end = read_backup(io.BytesIO(written()))
+    assert header == Header(1, "cluster", 77, 1_700_000_000_000, "1.0")
+    assert isinstance(records, Records)
+    assert len(records.records) == 50
+    assert records.records[7] == Record(b"k0007", b"value 7value 7value 7", 8, 9, 2, 1)
+    assert leases == Leases((SavedLease(1, 60_000, 0), SavedLease(2, 60_000, 1000), SavedLease(3, 60_000, 2000)))
+    assert isinstance(end, End)
+    assert (end.records, end.leases) == (50, 3)
+    assert code_of(written(records=0, leases=0)) == ""
+
+
+def test_every_flipped_bit_and_every_cut_is_refused() -> None:
+    whole = written(records=12)
+    assert code_of(whole) == ""
+    for at in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1 << bit
+            assert code_of(bytes(flipped)) in ("backup_damaged", "backup_format_newer"), (at, bit)
+        assert code_of(whole[:at]) == "backup_damaged"
+    assert code_of(whole + b"\x00") == "backup_damaged"
+    assert code_of(whole + whole) == "backup_damaged"
+    assert code_of(b"") == "backup_damaged"
+
+
+def test_chunks_that_are_whole_but_out_of_place_are_refused() -> None:
+    other = written(records=13)
+    whole = written(records=12)
+    assert code_of(whole[: len(whole) // 2] + other[len(whole) // 2 :]) == "backup_damaged"
+    file = io.BytesIO()
+    writer = BackupWriter(file)
+    writer.header(Header(1, "c", 1, 1, ""))
+    writer.record(Record(b"b", b"", 1, 1, 1))
+    writer.record(Record(b"a", b"", 1, 1, 1))
+    writer.leases(())
+    writer.leases((SavedLease(1, 1, 1),))
+    writer.end()
+    assert code_of(file.getvalue()) == "backup_damaged"
+
+
+def test_a_newer_format_is_named() -> None:
+    whole = written()
+    assert code_of(whole.replace(b"backup 1\n", b"backup 2\n", 1)) == "backup_format_newer"
+    file = io.BytesIO()
+    writer = BackupWriter(file)
+    writer.header(Header(9, "c", 1, 1, ""))
+    writer.end()
+    assert code_of(file.getvalue()) == "backup_format_newer"
+
+
+def test_a_record_is_hashed_as_the_state_keeps_it() -> None:
+    record = Record(b"k", b"value", 3, 9, 4, 77)
+    assert record_of(b"k", packed(record)) == record
+
+
+async def fill(path: Path, chance: Random, count: int = 300) -> None:
+    async with kvstore.open_embedded(path) as kv:
+        lease = (await kv.grant_lease(3600.0)).lease
+        for number in range(0, count, 20):
+            await kv.txn(
+                success=[
+                    Put(b"%04d" % (number + part), chance.randbytes(30), lease if part % 5 == 0 else 0)
+                    for part in range(20)
+                ]
+            )
+        await kv.delete_prefix(b"00")
+        await kv.put(b"0101", b"again")
+        await kv.put(b"empty", b"")
+
+
+async def backed_up(path: Path, file: Path) -> client_backup.Made:
+    async with kvstore.open_embedded(path) as kv:
+        with file.open("wb") as opened:
+            return await back_up(kv, opened, "test")
+
+
+def restored(file: Path, path: Path, members: tuple[Member, ...] = ALONE, name: str = NODE_NAME) -> offline.Restored:
+    with file.open("rb") as opened:
+        return offline.restore(SystemFiles(), SystemChance(), RocksStorage, opened, str(path), name, members, "token")
+
+
+async def test_a_restored_store_holds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.backup.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("kvstore.backup.DIGEST_RECORDS_MAX", 64)
+    monkeypatch.setattr("kvstore.model.DIGEST_RECORDS_MAX", 64)
+    monkeypatch.setattr("kvstore.client.client.model.DIGEST_RECORDS_MAX", 64)
+    await fill(tmp_path / "old", Random(1))
+    made = await backed_up(tmp_path / "old", tmp_path / "file")
+    result = restored(tmp_path / "file", tmp_path / "new")
+    assert (result.revision, result.records, result.digest) == (made.revision, made.end.records, made.end.digest)
+    async with kvstore.open_embedded(tmp_path / "old") as old, kvstore.open_embedded(tmp_path / "new") as new:
+        assert [record async for record in old.scan(prefix=b"")] == [record async for record in new.scan(prefix=b"")]
+        assert [lease async for lease in old.leases()] == [lease async for lease in new.leases()]
+        (lease,) = [lease async for lease in new.leases()]
+        before, after = await old.lease_status(lease, keys=True), await new.lease_status(lease, keys=True)
+        assert (after.ttl_ms, after.keys) == (before.ttl_ms, before.keys)
+        assert 3_500_000 < after.remaining_ms <= 3_600_000
+        assert (await old.status()).cluster_id != (await new.status()).cluster_id == result.cluster_id
+        # It is a store like any other, from there on.
+        async with new.watch(prefix=b"", from_revision=made.revision + 1) as watch:
+            assert (await new.put(b"more", b"")).revision == made.revision + 1
+            assert (await anext(watch)).key == b"more"
+        assert (await new.revoke_lease(lease)).count == len(before.keys)
+        with pytest.raises(Refused) as caught:
+            await new.get(b"more", revision=made.revision - 1)
+        assert caught.value.code == "revision_compacted"
+    async with kvstore.open_embedded(tmp_path / "new") as new:
+        assert await new.get(b"more") is not None, "also after another start"
+
+
+async def test_a_backup_is_of_one_revision_while_others_write(tmp_path: Path) -> None:
+    async with kvstore.open_embedded(tmp_path / "store") as kv:
+        for number in range(3000):
+            await kv.put(b"%04d" % number, b"before")
+        wanted = PagedHash()
+        async for record in kv.scan(prefix=b""):
+            wanted.add(record)
+        changes = iter(range(10_000))
+
+        under_way = []
+
+        def change(_done: int, _all: int) -> None:
+            under_way.append(asyncio.ensure_future(kv.put(b"%04d" % (next(changes) * 97 % 3000), b"after")))
+
+        with (tmp_path / "file").open("wb") as opened:
+            made = await back_up(kv, opened, "test", change)
+        assert next(changes) >= 3
+        assert made.end.digest == wanted.digest()
+        await asyncio.gather(*under_way)
+
+
+async def test_digests_of_pages_and_of_revisions(tmp_path: Path) -> None:
+    async with kvstore.open_embedded(tmp_path / "store", timeout_s=1.5) as kv:
+        for number in range(20):
+            await kv.put(b"%02d" % number, b"")
+        whole = await kv.digest(revision=20)
+        assert (whole.count, whole.last) == (20, b"")
+        first = await kv.digest(revision=20, limit=8)
+        assert (first.count, first.last) == (8, b"07")
+        await kv.put(b"03", b"changed")
+        assert await kv.digest(b"00", b"08", revision=20) == msgspec.structs.replace(first, revision=21, last=b"")
+        assert (await kv.digest(b"00", b"08", revision=21)).digest != first.digest
+        assert (await kv.digest(revision=10)).count == 10
+        with pytest.raises(Unavailable, match="holds revision 21"):
+            await kv.digest(revision=22)
+        await kv.compact(15)
+        for revision, limit, code in (
+            (14, 1, "revision_compacted"),
+            (20, 0, "invalid_request"),
+            (20, 10_001, "invalid_request"),
+            (0, 1, "invalid_request"),
+        ):
+            with pytest.raises(Refused) as caught:
+                await kv.digest(revision=revision, limit=limit)
+            assert caught.value.code == code
+
+
+def test_what_cannot_be_restored_leaves_nothing(tmp_path: Path) -> None:
+    whole = written()
+    (tmp_path / "cut").write_bytes(whole[:-7])
+    (tmp_path / "good").write_bytes(whole)
+    with pytest.raises(Refused) as refused:
+        restored(tmp_path / "cut", tmp_path / "new")
+    assert refused.value.code == "backup_damaged"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["LOCK"]
+    restored(tmp_path / "good", tmp_path / "new")
+    for directory in (tmp_path / "new", tmp_path):
+        with pytest.raises(StartupError) as not_empty:
+            restored(tmp_path / "good", directory)
+        assert not_empty.value.code == "data_dir_not_empty"
+    with pytest.raises(StartupError, match="not among the members"):
+        restored(tmp_path / "good", tmp_path / "other", name="somebody")
+
+
+def test_nodes_restored_alike_are_of_one_cluster_and_others_are_not(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(written())
+    (tmp_path / "two").write_bytes(written(records=51))
+    members = tuple(Member(name, f"{name}:1", "", "", True) for name in ("n1", "n2"))
+    ids = {
+        restored(tmp_path / file, tmp_path / f"{file}-{name}", members, name).cluster_id
+        for file, name in (("one", "n1"), ("one", "n2"), ("two", "n1"))
+    }
+    assert len(ids) == 2
+    found = offline.inspect(SystemFiles(), RocksStorage, str(tmp_path / "one-n1"), digest=True)
+    assert [member["name"] for member in found["members"]] == ["n1", "n2"]
+    assert found["state"]["records"] == 50
+    assert (found["state"]["revision"], found["log"]["last_index"]) == (77, 1)
+
+
+async def test_recovering_keeps_all_that_is_in_the_log(tmp_path: Path) -> None:
+    await fill(tmp_path / "store", Random(2))
+    before = offline.inspect(SystemFiles(), RocksStorage, str(tmp_path / "store"))
+    recovered = offline.recover(SystemFiles(), SystemChance(), RocksStorage, str(tmp_path / "store"), NODE_NAME)
+    assert recovered.old_cluster_id == before["cluster_id"] != recovered.cluster_id
+    assert recovered.last_index == before["log"]["last_index"] + 1
+    async with kvstore.open_embedded(tmp_path / "store") as kv:
+        assert await kv.get(b"empty") is not None
+        assert (await kv.status()).cluster_id == recovered.cluster_id
+        await kv.put(b"after", b"")
+    with pytest.raises(StartupError) as refused:
+        offline.recover(SystemFiles(), SystemChance(), RocksStorage, str(tmp_path / "store"), "another")
+    assert refused.value.code == "data_dir_mismatch"
+    for directory in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(StartupError, match="no node's data"):
+            offline.recover(SystemFiles(), SystemChance(), RocksStorage, str(directory), NODE_NAME)
+        with pytest.raises(StartupError, match="no node's data"):
+            offline.inspect(SystemFiles(), RocksStorage, str(directory))
+    async with kvstore.open_embedded(tmp_path / "store"):
+        with pytest.raises(StartupError) as in_use:
+            offline.inspect(SystemFiles(), RocksStorage, str(tmp_path / "store"))
+        assert in_use.value.code == "data_dir_in_use"
