@@ -124,8 +124,11 @@ class MemberPromote(Struct, array_like=True, forbid_unknown_fields=True, frozen=
 
 
 class MemberRemove(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=7):
+    """`force`: also where the members that the leader hears would be no quorum of the rest."""
+
     id: int
     name: str
+    force: bool = False
 
 
 class TransferLeader(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=8):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from kvstore.cli.options import Connection, connection_options, output_option
-from kvstore.cli.text import print_json, print_table
+from kvstore.cli.text import print_json, print_table, progress
 from kvstore.client.backup import ReplicaDigest, back_up
 from kvstore.client.backup import verify as compare
 from kvstore.client.client import Client
@@ -231,20 +229,6 @@ def recover(data_dir: str, name: str, yes: bool, output: str) -> None:
         return
     click.echo(f"{name} is the only member of the new cluster {recovered.cluster_id}")
     click.echo(f"gone: {', '.join(recovered.lost_members) or 'nobody'}; join new nodes once it runs")
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal. Gives a function that takes how many are done, and of how many (0:
-    nobody knows)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 COMMANDS: tuple[click.Command, ...] = (backup, restore, verify, inspect, recover)

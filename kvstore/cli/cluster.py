@@ -58,19 +58,40 @@ def status(digest: bool, output: str, connection: Connection) -> None:
     print_table(STATUS_COLUMNS, [_status_row(member, answer) for member, answer in nodes], widths=STATUS_WIDTHS)
 
 
+force_option = click.option(
+    "--force",
+    is_flag=True,
+    help="Also where the nodes that are alive would be no quorum of the rest. RISK: the cluster then takes no writes "
+    "and no linearizable reads until enough of the rest are back; if they never are, only `kvstore recover` helps.",
+)
+
+
 @click.command()
 @click.argument("name")
+@force_option
+@output_option
 @connection_options
-def leave(name: str, connection: Connection) -> None:
+def leave(name: str, force: bool, output: str, connection: Connection) -> None:
     """Take a node out of the cluster, alive or dead; a leader hands over first.
 
     Refused where the rest would have no quorum. The node's process ends by itself if it runs.
     """
-    members = connection.call(lambda client: remove_member(client, name, connection.timeout_s))
-    click.echo(f"{name} is out; members: {', '.join(member.name for member in members)}")
+    _remove(name, force, output, connection)
 
 
-async def remove_member(client: Client, name: str, timeout_s: float) -> tuple[Member, ...]:
+def _remove(name: str, force: bool, output: str, connection: Connection) -> None:
+    members = connection.call(lambda client: remove_member(client, name, connection.timeout_s, force=force))
+    _show_members(f"{name} is out", members, output)
+
+
+def _show_members(what: str, members: tuple[Member, ...], output: str) -> None:
+    if output == "json":
+        print_json([_plain(member) for member in members])
+    else:
+        click.echo(f"{what}; members: {', '.join(member.name for member in members)}")
+
+
+async def remove_member(client: Client, name: str, timeout_s: float, *, force: bool = False) -> tuple[Member, ...]:
     """Remove a member, whoever it is. Returns the others. Raises `KvError`."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     while True:
@@ -82,7 +103,7 @@ async def remove_member(client: Client, name: str, timeout_s: float) -> tuple[Me
             await client.transfer_leader()
             await _until_another_leads(client, name, deadline)
         try:
-            return await client.member_remove(name)
+            return await client.member_remove(name, force=force)
         except Refused as error:
             # It may have become the leader again in between; bounded by the deadline.
             if error.code != "cannot_remove_leader" or asyncio.get_running_loop().time() > deadline:
@@ -124,27 +145,44 @@ def list_(output: str, connection: Connection) -> None:
 
 @member.command()
 @click.argument("name")
+@force_option
+@output_option
 @connection_options
-def remove(name: str, connection: Connection) -> None:
+def remove(name: str, force: bool, output: str, connection: Connection) -> None:
     """The same as `kvstore leave`: take a node out, to replace a dead one with `kvstore join`."""
-    members = connection.call(lambda client: remove_member(client, name, connection.timeout_s))
-    click.echo(f"{name} is out; members: {', '.join(member.name for member in members)}")
+    _remove(name, force, output, connection)
 
 
 @member.command()
-@click.argument("name", default="")
+@click.argument("name")
+@output_option
 @connection_options
-def transfer(name: str, connection: Connection) -> None:
+def promote(name: str, output: str, connection: Connection) -> None:
+    """Give a learner its vote. Refused while it lacks too much of the log."""
+    members = connection.call(lambda client: client.member_promote(name))
+    _show_members(f"{name} has a vote", members, output)
+
+
+@click.command(name="transfer-leader")
+@click.argument("name", default="")
+@output_option
+@connection_options
+def transfer_leader(name: str, output: str, connection: Connection) -> None:
     """Hand leadership to NAME, or to the node that is furthest."""
 
-    async def hand_over(client: Client) -> bool:
-        if name and (await client.status()).leader == name:
-            return False
+    async def hand_over(client: Client) -> str:
+        before = (await client.status()).leader
+        if name and before == name:
+            return before
         await client.transfer_leader(name)
-        return True
+        await _until_another_leads(client, before, asyncio.get_running_loop().time() + connection.timeout_s)
+        return (await client.status()).leader
 
-    handed_over = connection.call(hand_over)
-    click.echo("leadership was handed over" if handed_over else f"{name} leads already")
+    leader = connection.call(hand_over)
+    if output == "json":
+        print_json({"leader": leader})
+    else:
+        click.echo(f"{leader or 'nobody yet'} leads")
 
 
 def _status_row(member: Member, answer: NodeStatus | KvError) -> tuple[str, ...]:
@@ -171,4 +209,4 @@ def _plain(data: Member | NodeStatus) -> dict[str, Any]:
     return plain
 
 
-COMMANDS: tuple[click.Command, ...] = (status, leave, member)
+COMMANDS: tuple[click.Command, ...] = (status, leave, transfer_leader, member)

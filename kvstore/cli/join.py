@@ -11,6 +11,7 @@ import msgspec
 
 import kvstore
 from kvstore.cli.serve import serve
+from kvstore.cli.text import Report, progress
 from kvstore.client.client import Client
 from kvstore.env import Log
 from kvstore.errors import KvError, Refused, StartupError, Unavailable
@@ -23,7 +24,15 @@ _POLL_S = 0.1
 CATCH_UP_S = 3600.0
 
 
-def join(options: ServerOptions, endpoints: str, timeout_s: float, log: Log, *, parent_pipe: bool = False) -> None:
+def join(
+    options: ServerOptions,
+    endpoints: str,
+    timeout_s: float,
+    log: Log,
+    *,
+    stay_learner: bool = False,
+    parent_pipe: bool = False,
+) -> None:
     """Ask the cluster at `endpoints` who it is, serve as a node of it, and have it take this one in. Serves until it
     is stopped."""
     status = asyncio.run(_ask(endpoints, timeout_s))
@@ -32,7 +41,7 @@ def join(options: ServerOptions, endpoints: str, timeout_s: float, log: Log, *, 
 
     async def become_member(node: ServerNode) -> None:
         async with kvstore.connect(endpoints, timeout_s=timeout_s, cluster_id=status.cluster_id) as client:
-            await _become_voter(client, node, timeout_s, log)
+            await _become_member(client, node, log, stay_learner)
 
     serve(options, log, when_serving=become_member, parent_pipe=parent_pipe)
 
@@ -42,7 +51,7 @@ async def _ask(endpoints: str, timeout_s: float) -> NodeStatus:
         return await client.status()
 
 
-async def _become_voter(client: Client, node: ServerNode, timeout_s: float, log: Log) -> None:
+async def _become_member(client: Client, node: ServerNode, log: Log, stay_learner: bool) -> None:
     options = node.options
     member = _find(await _members(client), options.name)
     if member is None:
@@ -61,29 +70,41 @@ async def _become_voter(client: Client, node: ServerNode, timeout_s: float, log:
             f"{node.raft.node_id}): choose another name, or `kvstore leave {options.name}` first",
             code="node_identity_changed",
         )
+    with progress("entries") as report:
+        await _catch_up(client, node, member, log, report, stay_learner)
+    log.info("joined", name=options.name)
+
+
+async def _catch_up(
+    client: Client, node: ServerNode, member: Member | None, log: Log, report: Report, stay_learner: bool
+) -> None:
+    name = node.options.name
     deadline = asyncio.get_running_loop().time() + CATCH_UP_S
     while member is None or not member.voter:
         if asyncio.get_running_loop().time() > deadline:
-            raise Unavailable(f"{options.name} did not catch up within {CATCH_UP_S:.0f} s; it stays a learner")
+            raise Unavailable(f"{name} did not catch up within {CATCH_UP_S:.0f} s; it stays a learner")
         try:
-            if await _caught_up(client, node):
-                member = _find(await client.member_promote(options.name), options.name)
+            if await _caught_up(client, node, report):
+                if stay_learner:
+                    return
+                member = _find(await client.member_promote(name), name)
                 continue
         except Refused as error:
             if error.code == "not_learner":  # an earlier attempt took effect after all
-                break
+                return
             if error.code != "not_caught_up":
                 raise
         except KvError as error:
             log.warning("not promoted yet", code=error.code, message=error.message)
-            member = _find(await _members(client), options.name) or member
+            member = _find(await _members(client), name) or member
         await asyncio.sleep(_POLL_S)
-    log.info("joined", name=options.name)
 
 
-async def _caught_up(client: Client, node: ServerNode) -> bool:
+async def _caught_up(client: Client, node: ServerNode, report: Report) -> bool:
     leader = await client.status()
-    return node.status().applied_index >= leader.commit_index
+    applied = node.status().applied_index
+    report(min(applied, leader.commit_index), leader.commit_index)
+    return applied >= leader.commit_index
 
 
 async def _members(client: Client) -> tuple[Member, ...]:

@@ -181,6 +181,11 @@ def serve(
 
 @click.command()
 @node_options
+@click.option(
+    "--learner",
+    is_flag=True,
+    help="Stay without a vote: a replica to read from, which no quorum waits for (see `kvstore member promote`).",
+)
 @connection_options
 @ends_when_removed
 def join(
@@ -194,11 +199,13 @@ def join(
     log_format: str,
     log_level: str,
     with_parent: bool,
+    learner: bool,
     connection: Connection,
 ) -> None:
     """Add a new node to a running cluster, and run it.
 
-    It begins as a learner, without a vote, and gets its vote once it has caught up. Run the same command again after
+    The directory must be new, or one of a join that was interrupted. The node begins as a learner, without a vote, and
+    gets its vote once it has caught up. Run the same command again after
     an interruption; afterwards `kvstore serve` without --peers starts it as well.
 
     \b
@@ -222,7 +229,9 @@ def join(
         version=serving.version(),
     )
     log = server_log(name, log_format, log_level)
-    joining.join(options, connection.endpoints, connection.timeout_s, log, parent_pipe=with_parent)
+    joining.join(
+        options, connection.endpoints, connection.timeout_s, log, stay_learner=learner, parent_pipe=with_parent
+    )
 
 
 @click.command()

@@ -6,7 +6,8 @@ import base64
 import binascii
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -15,6 +16,9 @@ from kvstore.model import Record
 
 # Where nobody looks at it a line may be as long as it is: a pipe must not cut values.
 _WIDTH_UNBOUNDED = 16 * 1024 * 1024
+
+# How many are done, and of how many (0: nobody knows).
+Report = Callable[[int, int], None]
 
 
 def to_bytes(text: str, encoding: str) -> bytes:
@@ -86,3 +90,17 @@ def print_records(records: Iterable[Record], encoding: str) -> None:
         ("key", "value", "revision", "version"),
         [(cell(r.key), cell(r.value), str(r.mod_revision), str(r.version)) for r in records],
     )
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Report]:
+    """A bar on stderr, where that is a terminal. Gives a function that takes how many are done, and of how many (0:
+    nobody knows)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)

@@ -539,9 +539,12 @@ class Client:
         """Give a learner its vote. `Refused(not_caught_up)` while it lacks too much of the log."""
         return await self._admin(lambda id: codec.MemberPromote(id, name), timeout)
 
-    async def member_remove(self, name: str, *, timeout: float | None = None) -> tuple[Member, ...]:
-        """Remove a member. `Refused(would_lose_quorum)` where the rest could not go on."""
-        return await self._admin(lambda id: codec.MemberRemove(id, name), timeout)
+    async def member_remove(
+        self, name: str, *, force: bool = False, timeout: float | None = None
+    ) -> tuple[Member, ...]:
+        """Remove a member. `Refused(would_lose_quorum)` where the rest could not go on; with `force` it is removed all
+        the same, and the cluster stands still until enough of the rest are back."""
+        return await self._admin(lambda id: codec.MemberRemove(id, name, force), timeout)
 
     async def transfer_leader(self, name: str = "", *, timeout: float | None = None) -> tuple[Member, ...]:
         """Hand leadership to `name`, or to whom the leader chooses. `Unavailable(transfer_failed)` if that failed."""

@@ -86,14 +86,16 @@ class Changes:
 
         self._change(change, done)
 
-    def remove(self, name: str, done: Done) -> None:
+    def remove(self, name: str, done: Done, force: bool = False) -> None:
+        """`force` gives up the check that the rest has a quorum alive; not the rule that one changes at a time."""
+
         def change() -> Configuration:
             if name == self._name:
                 raise Refused(
                     f"{name} leads the cluster: hand leadership over first (`kvstore leave` does both)",
                     code="cannot_remove_leader",
                 )
-            return self.members.remove(name, self._leader.alive())
+            return self.members.remove(name, self.members.voters if force else self._leader.alive())
 
         self._change(change, done)
 

@@ -305,8 +305,8 @@ class RaftNode:
     def promote(self, name: str, done: Done) -> None:
         self._changes.promote(name, done)
 
-    def remove(self, name: str, done: Done) -> None:
-        self._changes.remove(name, done)
+    def remove(self, name: str, done: Done, *, force: bool = False) -> None:
+        self._changes.remove(name, done, force)
 
     def transfer(self, name: str, done: Done) -> None:
         """Hand leadership to `name`, or to the voter that holds most where it is empty; bounded to two election

@@ -282,7 +282,7 @@ class ServerNode:
         elif isinstance(frame, codec.MemberPromote):
             raft.promote(frame.name, done)
         elif isinstance(frame, codec.MemberRemove):
-            raft.remove(frame.name, done)
+            raft.remove(frame.name, done, force=frame.force)
         else:
             assert isinstance(frame, codec.TransferLeader), f"no way to handle {type(frame).__name__}"
             raft.transfer(frame.name, done)

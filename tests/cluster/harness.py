@@ -209,14 +209,14 @@ class ClusterProcesses:
         """Start a node, for the first time or again."""
         self.nodes[name].run(self._main, self.serve_arguments(name), self._environment)
 
-    def join(self, name: str) -> NodeProcess:
+    def join(self, name: str, *options: str) -> NodeProcess:
         """Start a new node with `kvstore join`."""
         peer_port, client_port = free_ports(2)
         through = self.endpoints
         node = self.nodes[name] = NodeProcess(name, self.path, peer_port, client_port)
         arguments = [
             "join", "--name", name, "--data-dir", str(node.data_dir), "--listen", node.peer_address,
-            "--client-listen", node.client_address, "--endpoints", through,
+            "--client-listen", node.client_address, "--endpoints", through, *options,
         ]  # fmt: skip
         node.run(self._main, arguments, self._environment)
         return node

@@ -96,7 +96,7 @@ async def test_status_members_and_limits(kv: Run, cluster: ClusterProcesses) -> 
     assert (code, "[key_too_large]" in err) == (1, True)
     code, _, err = await kv("leave", "n1")
     assert (code, "[would_lose_quorum]" in err) == (1, True)
-    assert (await kv("member", "transfer", "n1"))[:2] == (0, "n1 leads already\n")
+    assert (await kv("transfer-leader", "n1"))[:2] == (0, "n1 leads\n")
     code, _, err = await kv("leave", "n7")
     assert (code, "[member_unknown]" in err) == (1, True)
 

@@ -171,8 +171,8 @@ class FakeRaft:
     def promote(self, name: str, done: Callable[[KvError | None], None]) -> None:
         self._administer(done, "promote", name)
 
-    def remove(self, name: str, done: Callable[[KvError | None], None]) -> None:
-        self._administer(done, "remove", name)
+    def remove(self, name: str, done: Callable[[KvError | None], None], *, force: bool = False) -> None:
+        self._administer(done, "remove", name, *(["force"] if force else []))
 
     def transfer(self, name: str, done: Callable[[KvError | None], None]) -> None:
         self._administer(done, "transfer", name)

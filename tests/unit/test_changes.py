@@ -179,6 +179,11 @@ def test_a_removal_that_would_lose_the_quorum_is_refused(bench: Bench) -> None:
     answer = Answer()
     bench.changes.remove("c", answer)
     assert code_of(answer) == "would_lose_quorum"
+    refused = Answer()
+    bench.changes.remove("a", refused, True)
+    assert code_of(refused) == "cannot_remove_leader", "force is no licence for that"
+    bench.changes.remove("c", Answer(), True)
+    assert bench.take_proposal().voters == set("ab")
 
 
 def test_a_learner_is_promoted_when_it_has_caught_up(bench: Bench) -> None:

@@ -160,6 +160,8 @@ async def test_membership_goes_to_consensus_and_its_refusals_come_back(served: t
     await ask(node, codec.TransferLeader(9, "n2"))
     learner = model.Member("n4", "127.0.0.1:4", "127.0.0.1:14", "d", voter=False)
     assert raft.calls == [("add_learner", learner), ("promote", "n4"), ("remove", "n4"), ("transfer", "n2")]
+    await ask(node, codec.MemberRemove(9, "n4", force=True))
+    assert raft.calls[-1] == ("remove", "n4", "force")
     raft.admin_error = Refused("two of three are down", code="would_lose_quorum")
     answer = await ask(node, codec.MemberRemove(9, "n2"))
     assert answer == codec.Failure(9, "would_lose_quorum", "two of three are down")
