@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test lint sim mutants chaos bench bench-micro bench-deps clean
+.PHONY: help run test lint sim mutants chaos watches bench bench-micro bench-deps clean
 
 help:
 	@echo "make run         start three store nodes and the services, place an order, lose the leader, place another"
@@ -14,6 +14,7 @@ help:
 	@echo "make sim         simulated clusters under faults: SEEDS=1000 is a campaign, SEED=123 replays one and tells its story"
 	@echo "make mutants     take the protections out one by one: which seed notices? Writes the table in docs/testing.md"
 	@echo "make chaos       faults on real nodes under load, and a report with a plot (MINUTES=20 SEED=1 choose how long and which)"
+	@echo "make watches     10,000 watches on 100 connections under 2,000 writes/s: complete, in order, within bounds"
 	@echo "make bench       the core benchmark beside its peers (BENCH='core --quick' chooses which)"
 	@echo "make bench-micro what the hot functions cost, one by one"
 	@echo "make bench-deps  install those peers: etcd, PostgreSQL, Redis, wrk (Debian packages; asks for root)"
@@ -75,6 +76,10 @@ CHAOS := --minutes $(MINUTES) --seed $(or $(SEED),1) --out build/chaos
 chaos: $(VENV)/installed-to-test
 	@echo "python -m tests.chaos $(CHAOS)"
 	@$(BIN)/python -m tests.chaos $(CHAOS)
+
+watches: $(VENV)/installed-to-test
+	@echo "python -m bench watches"
+	@$(BIN)/python -m bench watches
 
 BENCH ?= core
 bench: $(VENV)/installed-to-test

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
-from bench import core, micro
+from bench import core, micro, watches
 from bench.core import Options
 from bench.results import BenchError
 from bench.workloads import Kind
@@ -33,6 +34,15 @@ def main() -> int:
     one.add_argument("--generators", type=int, default=1, help="processes that make the load (default: %(default)s)")
     one.add_argument("--scratch", type=Path, help="directory whose disk is measured (default: the temporary one)")
     one.add_argument("--json", type=Path, help="write everything that was measured to this file")
+    many = commands.add_parser(
+        "watches", help="thousands of watches while others write: complete, in order, in bounds?"
+    )
+    defaults = watches.Options()
+    many.add_argument("--watches", type=int, default=defaults.watches, help="default: %(default)s")
+    many.add_argument("--connections", type=int, default=defaults.connections, help="default: %(default)s")
+    many.add_argument("--broad", type=int, default=defaults.broad, help="watches on everything (default: %(default)s)")
+    many.add_argument("--rate", type=int, default=defaults.rate, help="writes a second (default: %(default)s)")
+    many.add_argument("--seconds", type=float, default=defaults.seconds, help="default: %(default)s")
     commands.add_parser("micro", help="pytest-benchmark of the hot functions; other arguments go to pytest")
     options, others = parser.parse_known_args()
     if options.command == "micro":
@@ -41,6 +51,22 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     # Into a file or a pipe the table keeps the width that it needs.
     console = Console() if sys.stdout.isatty() else Console(width=180)
+    if options.command == "watches":
+        if min(options.watches, options.connections, options.rate) < 1 or not 1 <= options.seconds <= 3600:
+            parser.error("watches, connections and rate are at least 1, seconds from 1 to 3600")
+        return _run(
+            lambda: watches.run(
+                watches.Options(
+                    watches=options.watches,
+                    connections=options.connections,
+                    broad=options.broad,
+                    rate=options.rate,
+                    seconds=options.seconds,
+                ),
+                console,
+            ),
+            console,
+        )
     try:
         chosen = Options(
             peers=() if options.peers == "none" else tuple(options.peers.split(",")),
@@ -58,16 +84,24 @@ def main() -> int:
             raise ValueError("rounds, keys and generators are at least 1, a window is 0.5 to 600 seconds")
     except ValueError as error:
         parser.error(str(error))
+
+    def measure() -> int:
+        report = core.run(chosen, console)
+        return 1 if options.quick and any(threshold.met is False for threshold in report.thresholds) else 0
+
+    return _run(measure, console)
+
+
+def _run(measure: Callable[[], int], console: Console) -> int:
     try:
         # However we are told to end, what we started ends first.
         signal.signal(signal.SIGTERM, _interrupted)
-        report = core.run(chosen, console)
+        return measure()
     except BenchError as error:
         console.print(f"[red]bench:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 1 if options.quick and any(threshold.met is False for threshold in report.thresholds) else 0
 
 
 def _interrupted(_signal: int, _frame: object) -> NoReturn:
