@@ -268,6 +268,9 @@ SentFrame = Union[ServerFrame, RawWatchEvents]
 """What a server may send."""
 Frame = Union[ClientFrame, SentFrame]
 
+# The second byte of a small array whose first item is the tag of `model.ErrorResult`.
+_ERROR_TAG = 127
+
 _encoder = msgspec.msgpack.Encoder()
 _mutation_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Mutation)
 _read_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Read)
@@ -312,6 +315,11 @@ def decode_result(data: Buffer) -> model.Result:
     """Raises `Refused(malformed_frame)`."""
     result: model.Result = _decode(_result_decoder, data, "result", "malformed_frame")
     return result
+
+
+def is_refusal(result: Raw) -> bool:
+    """Whether an encoded result is an `ErrorResult`, by its tag alone."""
+    return memoryview(result)[1] == _ERROR_TAG
 
 
 def encode_event(event: model.Event) -> bytes:

@@ -33,6 +33,7 @@ from kvstore.server.identity import cluster_id
 
 HOST = "127.0.0.1"
 CLIENT_PORT_ABOVE = 10
+HTTP_PORT_ABOVE = 30
 # A node stops within its own bounds (hand over 2 s, drain 2 s, close 2 s); who has not by then is killed.
 STOP_S = 8.0
 # A line is passed on whole up to this; a longer one in parts.
@@ -57,6 +58,7 @@ class _Node:
         self.name = name
         self.peer_address = f"{HOST}:{peer_port}"
         self.client_address = f"{HOST}:{peer_port + CLIENT_PORT_ABOVE}"
+        self.http_address = f"{HOST}:{peer_port + HTTP_PORT_ABOVE}"
         self.data_dir = data_dir / name
         self.process: Process | None = None
         self.starts = 0
@@ -193,6 +195,7 @@ class Supervisor:
         return [
             sys.executable, "-m", "kvstore.cli.main", "serve",
             "--name", node.name, "--data-dir", str(node.data_dir), "--peers", peers,
+            "--http-listen", node.http_address,
             "--log-format", "console", "--log-level", self._options.log_level, "--with-parent",
         ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from kvstore.env import Environment
+from kvstore.env import Environment, Log
 from kvstore.raft.fsm import StateMachine
 from kvstore.raft.wal import Wal
 
@@ -16,6 +16,16 @@ from kvstore.raft.wal import Wal
 LOG_TAIL_BYTES = 64 * 1024 * 1024
 # While a snapshot is on its way the log's head is kept for what follows it, but not beyond this.
 LOG_SNAPSHOT_BYTES_MAX = 512 * 1024 * 1024
+
+
+def remover(env: Environment, log: Log) -> Callable[[Callable[[], None]], None]:
+    """What removes the log's old segments, in a thread: freeing their space takes milliseconds."""
+
+    def removed(_result: None, error: BaseException | None) -> None:
+        if error is not None:
+            log.warning("old files stay until the next start", error=str(error))
+
+    return lambda remove: env.scheduler.run_in_thread(remove, removed)
 
 
 class StateFlush:

@@ -22,6 +22,7 @@ from typing import Any
 
 from kvstore.env import Environment, Log
 from kvstore.errors import InternalError, KvError, Refused, StartupError, Unavailable
+from kvstore.meters import Meter
 from kvstore.model import Member, PeerStatus
 from kvstore.raft import guard as actions
 from kvstore.raft import messages
@@ -30,7 +31,7 @@ from kvstore.raft.changes import Changes
 from kvstore.raft.config import RaftConfig, RaftStatus, role_of
 from kvstore.raft.elections import Elections
 from kvstore.raft.engine import Engine
-from kvstore.raft.flush import StateFlush
+from kvstore.raft.flush import StateFlush, remover
 from kvstore.raft.fsm import Checkpoint, EntryKind, StateMachine
 from kvstore.raft.guard import Guard
 from kvstore.raft.members import Configuration, NewerConfiguration, newest_configuration
@@ -88,6 +89,7 @@ class RaftNode:
         self._outbox = Outbox(lambda peer, body: self._transport.send(peer, body), env.clock.monotonic)
         self._inbox: list[tuple[str, bytes]] = []
         self._proposals = Proposals()
+        self.apply_times, self.sync_times = Meter(), Meter()
         self._members = Configuration()
         self._members_stale = False
         self._sole_voter = False
@@ -111,10 +113,10 @@ class RaftNode:
         self.machine = self._open_machine(self._state_directory.current())
         node_id = f"{env.chance.getrandbits(64):016x}"
         self._wal = Wal.open(
-            files, f"{self._data_dir}/wal", node_id=node_id, log=self._log.warning, in_thread=self._remove_in_thread
+            files, f"{self._data_dir}/wal", node_id=node_id, log=self._log.warning, in_thread=remover(env, self._log)
         )
         self._reconcile()
-        self._sync = LogSync(env, self._wal, self._wake, self._fail_storage)
+        self._sync = LogSync(env, self._wal, self._wake, self._fail_storage, self.sync_times)
         self._flush = StateFlush(env, self._wal, lambda: self._replicas.receiving, self._fail_storage)
         self._roster = Roster(own_identity(config, self._wal.node_id))
         self._transport = Transport(env, self._roster.own, config.listen_address, self, log=self._log)
@@ -535,7 +537,7 @@ class RaftNode:
         applied, limit = machine.applied_index, self.committed
         if applied >= limit:
             return
-        until = self._env.clock.monotonic() + APPLY_SLICE_S
+        began = self._env.clock.monotonic()
         while applied < limit:
             payload, index, term = wal.entries[applied + 1 - wal.first_index]
             assert index == applied + 1
@@ -551,11 +553,12 @@ class RaftNode:
             self._proposals.applied(index, term, result)
             if payload[0] == EntryKind.MEMBERS and not self._applied_members():
                 return
-            if applied < limit and self._env.clock.monotonic() > until:
+            if applied < limit and self._env.clock.monotonic() > began + APPLY_SLICE_S:
                 self._wake()
                 break
         self._guard.applied_last = (machine.applied_term, applied)
         self._reads.applied(applied)
+        self.apply_times.observe(self._env.clock.monotonic() - began)
         self.on_applied()
 
     # --- members ------------------------------------------------------------------------------------------------------
@@ -641,13 +644,6 @@ class RaftNode:
                 self._replicas.connect(member.name)
         finish(None)
         self._acknowledge_snapshot(peer, checkpoint)
-
-    def _remove_in_thread(self, remove: Callable[[], None]) -> None:
-        def removed(_result: None, error: BaseException | None) -> None:
-            if error is not None:
-                self._log.warning("old files stay until the next start", error=str(error))
-
-        self._env.scheduler.run_in_thread(remove, removed)
 
     def _holds(self, checkpoint: Checkpoint) -> bool:
         """A log that holds that entry, or has committed past it, loses by an install (fault 15)."""

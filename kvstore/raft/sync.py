@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 
 from kvstore.env import Environment
+from kvstore.meters import Meter
 from kvstore.raft.wal import Wal
 
 # An inline sync slower than this is felt by everything else on the loop; one as slow as the other holds up heartbeats.
@@ -24,15 +25,21 @@ SLOWNESS_MAX = 3 * SLOW_WEIGHT
 class LogSync:
     """`synced()` is called on the loop after a sync in a thread; `failed(error)` when that one failed."""
 
-    __slots__ = ("_done", "_env", "_failed", "_running", "_slowness", "_synced", "_threaded", "_wal")
+    __slots__ = ("_done", "_env", "_failed", "_running", "_slowness", "_synced", "_threaded", "_times", "_wal")
 
     def __init__(
-        self, env: Environment, wal: Wal, synced: Callable[[], None], failed: Callable[[BaseException], None]
+        self,
+        env: Environment,
+        wal: Wal,
+        synced: Callable[[], None],
+        failed: Callable[[BaseException], None],
+        times: Meter,
     ) -> None:
         self._env = env
         self._wal = wal
         self._synced = synced
         self._failed = failed
+        self._times = times
         self._threaded = False
         self._running = False
         self._slowness = 0
@@ -52,6 +59,7 @@ class LogSync:
         self._judge(clock.monotonic() - started)
 
     def _judge(self, took_s: float) -> None:
+        self._times.observe(took_s)
         if took_s > SLOW_S:
             self._slowness = SLOWNESS_MAX if took_s > VERY_SLOW_S else min(SLOWNESS_MAX, self._slowness + SLOW_WEIGHT)
             self._threaded = self._threaded or self._slowness == SLOWNESS_MAX

@@ -27,6 +27,7 @@ from msgspec import Raw
 from kvstore import codec
 from kvstore.env import Environment, Timer
 from kvstore.errors import KvError, Unavailable
+from kvstore.meters import Meter
 from kvstore.server.failures import not_leading, shutting_down
 from kvstore.server.log_clock import LogClock
 from kvstore.server.ports import Proposer, Reply
@@ -92,6 +93,9 @@ class Batcher:
         self._hold_timer: Timer | None = None
         self._stopping: Unavailable | None = None
         self._on_idle: Callable[[], None] | None = None
+        self.commit_times = Meter()
+        """From proposing an entry to its answers, however it ended."""
+        self.proposed_entries = self.proposed_requests = 0
 
     @property
     def waiting(self) -> int:
@@ -174,9 +178,13 @@ class Batcher:
         entry.items = []
         self._in_flight += 1
         waiters = entry.waiters
+        proposed_at = self._env.clock.monotonic()
+        self.proposed_entries += 1
+        self.proposed_requests += len(waiters)
 
         def applied(results: Any, error: KvError | None) -> None:
             self._in_flight -= 1
+            self.commit_times.observe(self._env.clock.monotonic() - proposed_at)
             self._schedule()
             if error is not None:
                 for request_id, reply in waiters:

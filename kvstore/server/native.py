@@ -54,7 +54,8 @@ class Handler(Protocol):
 
 
 class NativeStats(Struct, frozen=True):
-    """Counted since start. `junk` is closed connections by the code of what was wrong."""
+    """Counted since start. `junk` is closed connections by the code of what was wrong; `answered` is requests by kind
+    and outcome: ok, refused, or the code of a failure."""
 
     connections: int
     accepted: int
@@ -62,6 +63,7 @@ class NativeStats(Struct, frozen=True):
     requests: int
     closed_slow: int
     junk: tuple[tuple[str, int], ...]
+    answered: tuple[tuple[str, str, int], ...]
 
 
 class NativeDoor:
@@ -84,6 +86,7 @@ class NativeDoor:
         self.requests = 0
         self.closed_slow = 0
         self.junk: Counter[str] = Counter()
+        self.answered: Counter[tuple[str, str]] = Counter()
 
     async def start(self, address: str) -> None:
         """Raises OSError where the address cannot be had."""
@@ -103,6 +106,7 @@ class NativeDoor:
             requests=self.requests,
             closed_slow=self.closed_slow,
             junk=tuple(sorted(self.junk.items())),
+            answered=tuple((*key, count) for key, count in sorted(self.answered.items())),
         )
 
     def press(self, pressed: bool) -> None:
@@ -315,7 +319,13 @@ class _Connection(asyncio.Protocol):
                 raise Refused(f"request id {frame.id} is in flight already", code="malformed_frame")
             self._sizes[frame.id] = size
             self._in_flight_bytes += size
-        door.handle(frame, self._answer, self)
+        kind = type(frame)
+        if kind is codec.Write:
+            door.handle(frame, self._answer_write, self)
+        elif kind is codec.Read:
+            door.handle(frame, self._answer_read, self)
+        else:
+            door.handle(frame, self._answer_other, self)
         return True
 
     def _welcome(self, answer: codec.ServerFrame) -> None:
@@ -325,8 +335,22 @@ class _Connection(asyncio.Protocol):
         self._greeted = True
         self._send(answer)
 
-    def _answer(self, answer: codec.ServerFrame) -> None:
-        """The `Reply` of every request on this connection."""
+    def _answer_write(self, answer: codec.ServerFrame) -> None:
+        self._answer("write", answer)
+
+    def _answer_read(self, answer: codec.ServerFrame) -> None:
+        self._answer("read", answer)
+
+    def _answer_other(self, answer: codec.ServerFrame) -> None:
+        self._answer("other", answer)
+
+    def _answer(self, kind: str, answer: codec.ServerFrame) -> None:
+        """What the `Reply` of every request on this connection ends in."""
+        if type(answer) is codec.Answer:
+            outcome = "refused" if codec.is_refusal(answer.result) else "ok"
+        else:
+            outcome = answer.code if type(answer) is codec.Failure else "ok"
+        self._door.answered[kind, outcome] += 1
         self._in_flight -= 1
         if self._sizes:
             self._in_flight_bytes -= self._sizes.pop(answer.id, 0)

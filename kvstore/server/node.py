@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from msgspec import Struct
@@ -30,15 +30,19 @@ from msgspec import Struct
 from kvstore import codec, limits, model
 from kvstore.env import Environment
 from kvstore.errors import KvError, Refused, StartupError
+from kvstore.meters import Meter
 from kvstore.server.batcher import Batcher
 from kvstore.server.chores import Chores
 from kvstore.server.failures import not_leading, refusal, shutting_down, starting
 from kvstore.server.identity import DataDirectory, check_loopback, check_name
 from kvstore.server.log_clock import LogClock
-from kvstore.server.native import NativeDoor
+from kvstore.server.native import NativeDoor, NativeStats
 from kvstore.server.ports import Gate, Log, Machine, Raft, Reply
 from kvstore.server.reads import Reads, Waiting
 from kvstore.server.watch import WatchHub
+
+if TYPE_CHECKING:
+    from kvstore.server.http import HttpDoor
 
 # How long a stopping leader tries to hand over: a few election timeouts. Without it the others elect one by timeout.
 HAND_OVER_S = 2.0
@@ -50,9 +54,9 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     """What one node is told.
 
     `members` are the initial ones, this node among them; empty for a node that joins a running cluster, or that has
-    a data directory already. `cluster_id` may be empty where the directory records it. An empty `client_listen` opens
-    no door (an embedded store has none). `…_advertise` is what the others and clients are told; the listen address if
-    empty.
+    a data directory already. `cluster_id` may be empty where the directory records it. An empty `client_listen` or
+    `http_listen` opens no such door (an embedded store has none). `…_advertise` is what the others and clients are
+    told; the listen address if empty.
     """
 
     name: str
@@ -61,6 +65,7 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     members: tuple[model.Member, ...] = ()
     peer_listen: str = ""
     client_listen: str = ""
+    http_listen: str = ""
     peer_advertise: str = ""
     client_advertise: str = ""
     insecure: bool = False
@@ -92,6 +97,8 @@ class ServerNode:
         self._watches: WatchHub
         self._chores: Chores
         self.door: NativeDoor | None = None
+        self.http: HttpDoor | None = None
+        self.leader_changes = 0
         self.on_fatal: Callable[[KvError], None] = lambda _error: None
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -112,13 +119,13 @@ class ServerNode:
                 raise StartupError(f"cannot open the data in {options.data_dir}: {error}") from error
             try:
                 self._assemble()
-                await self._open_door()
+                await self._open_doors()
                 self._directory.claim(options.name, options.cluster_id)
             except BaseException:
                 if self.door is not None:
                     self.door.stop_accepting()
-                    self.door.close(lambda: None)
-                    self.door = None
+                await self._close_doors()
+                self.door = self.http = None
                 await self._raft.stop()
                 raise
         except BaseException:
@@ -142,9 +149,7 @@ class ServerNode:
             await self._within(HAND_OVER_S, lambda done: self._raft.transfer("", self._handed_over(done)))
         await self._within(DRAIN_S, self._batcher.stop)
         self._reads.stop()
-        if self.door is not None:
-            # The door bounds this itself: it aborts what lingers.
-            await self._within(DRAIN_S, self.door.close)
+        await self._close_doors()
         await self._raft.stop()
         self._directory.close()
 
@@ -287,9 +292,35 @@ class ServerNode:
             assert isinstance(frame, codec.TransferLeader), f"no way to handle {type(frame).__name__}"
             raft.transfer(frame.name, done)
 
+    # --- what it tells of itself (metrics.Observed) -------------------------------------------------------------------
+
+    def queues(self) -> dict[str, int]:
+        """How much waits, by queue."""
+        batcher = self._batcher
+        return {"writes": batcher.waiting, "entries_in_flight": batcher.in_flight, "reads": self._reads.waiting}
+
+    def times(self) -> dict[str, Meter]:
+        raft = self._raft
+        return {"commit": self._batcher.commit_times, "fsync": raft.sync_times, "apply": raft.apply_times}
+
+    def proposed(self) -> tuple[int, int]:
+        """Entries, and requests in them."""
+        return self._batcher.proposed_entries, self._batcher.proposed_requests
+
+    def watchers(self) -> tuple[int, int]:
+        """All watches, and those that lag."""
+        return self._watches.count, self._watches.lagging
+
+    def state(self) -> dict[str, int | str]:
+        return self.machine.describe(False)
+
+    def door_stats(self) -> NativeStats | None:
+        return None if self.door is None else self.door.stats()
+
     # --- what consensus tells -----------------------------------------------------------------------------------------
 
     def _leadership_changed(self, leading: bool) -> None:
+        self.leader_changes += 1
         self._log_clock.forget_own(self.machine.log_time_ms)
         self._batcher.leadership_changed(leading)
 
@@ -309,7 +340,12 @@ class ServerNode:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _check_listeners(self) -> None:
-        for what, address in (("peers", self.options.peer_listen), ("clients", self.options.client_listen)):
+        options = self.options
+        for what, address in (
+            ("peers", options.peer_listen),
+            ("clients", options.client_listen),
+            ("http", options.http_listen),
+        ):
             if not address:
                 continue
             if self.options.insecure:
@@ -349,20 +385,38 @@ class ServerNode:
         raft.on_applied = self._applied
         raft.on_fatal = self._failed
 
-    async def _open_door(self) -> None:
-        if not self.options.client_listen:
-            return
-        door = NativeDoor(self._env, self, self._log)
+    async def _open_doors(self) -> None:
+        if self.options.client_listen:
+            door = NativeDoor(self._env, self, self._log)
+            await self._listen(self.options.client_listen, door.start)
+            self.door = door
+        if self.options.http_listen:
+            # Loaded where it is used: an embedded store, and a node without it, start sooner and smaller.
+            from kvstore.server.http import HttpDoor
+
+            http = HttpDoor(self._env, self)
+            await self._listen(self.options.http_listen, http.start)
+            self.http = http
+
+    @staticmethod
+    async def _listen(address: str, start: Callable[[str], Awaitable[None]]) -> None:
+        """Raises `StartupError`."""
         try:
-            await door.start(self.options.client_listen)
+            await start(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise StartupError(
-                    f"{self.options.client_listen} is in use by another process; stop it or choose another port",
+                    f"{address} is in use by another process; stop it or choose another port",
                     code="address_in_use",
                 ) from error
-            raise StartupError(f"cannot listen on {self.options.client_listen}: {error}") from error
-        self.door = door
+            raise StartupError(f"cannot listen on {address}: {error}") from error
+
+    async def _close_doors(self) -> None:
+        if self.door is not None:
+            # The door bounds this itself: it aborts what lingers.
+            await self._within(DRAIN_S, self.door.close)
+        if self.http is not None:
+            await self.http.stop()
 
     def _pressed(self, pressed: bool) -> None:
         if self.door is not None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from kvstore import codec, model
 from kvstore.env import Log
 from kvstore.errors import KvError
+from kvstore.meters import Meter
 from kvstore.state.feed import Changed
 
 __all__ = ["Done", "Gate", "Log", "Machine", "Proposer", "Raft", "RaftStatus", "Reply"]
@@ -99,6 +100,12 @@ class Raft(Proposer, Protocol):
     @property
     def members(self) -> tuple[model.Member, ...]: ...
 
+    @property
+    def apply_times(self) -> Meter: ...
+
+    @property
+    def sync_times(self) -> Meter: ...
+
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
@@ -149,3 +156,5 @@ class Machine(Protocol):
     def compaction_due(self) -> int | None: ...
 
     def digest(self) -> str: ...
+
+    def describe(self, digest: bool) -> dict[str, int | str]: ...

@@ -70,6 +70,8 @@ class Conduct:
         self._quorum_of: object = None
         # To whom it has sent in which term up to which entry; nothing of a peer that may have lost some of them.
         self._sent: dict[str, tuple[int, int]] = {}
+        # Up to where it had sent before an acknowledgement told of more.
+        self._unnoted: dict[str, int] = {}
         # (peer, term) -> the lowest that it refused on this connection since its last acknowledgement
         self._refused: dict[tuple[str, int], int] = {}
         self._listen(raft)
@@ -215,8 +217,10 @@ class Conduct:
         is_known = sent_term == m.term
         if m.success:
             self._refused.pop((peer, m.term), None)
-            if is_known:
-                self._sent[peer] = (m.term, max(last, m.next_index - 1))
+            if is_known and m.next_index - 1 > last:
+                # It goes on behind that; or where it was, if its own disk does not hold as much yet: an acknowledgement
+                # beyond that is lowered to it.
+                self._sent[peer], self._unnoted[peer] = (m.term, m.next_index - 1), last
         elif m.next_index < self._refused.get((peer, m.term), math.inf):
             self._refused[peer, m.term] = m.next_index
             begins = max(m.next_index, self._raft._guard._acked.get(peer, 0) + 1)
@@ -224,7 +228,7 @@ class Conduct:
 
     def _appends(self, peer: str, term: int, first: int, count: int) -> None:
         sent_term, last = self._sent.get(peer, (0, 0))
-        if sent_term == term and first != last + 1:
+        if sent_term == term and first not in (last + 1, self._unnoted.pop(peer, last) + 1):
             what = "they may not be lost" if first <= last else "those between were refused, or never sent"
             message = f"{self._watch.name} sends entries from {first} on to {peer} in term {term}, after {last}"
             raise Broken("appends in order", f"{message}; {what}", first, last)

@@ -13,6 +13,7 @@ from typing import Any, cast
 from kvstore import codec, model
 from kvstore.env import Environment, Files, Network
 from kvstore.errors import KvError, Unavailable
+from kvstore.meters import Meter
 from tests.fake_network import VirtualTime
 
 
@@ -117,6 +118,7 @@ class FakeRaft:
         self.on_applied: Callable[[], None] = lambda: None
         self.on_fatal: Callable[[KvError], None] = lambda error: None
         self.failure: KvError | None = None
+        self.apply_times, self.sync_times = Meter(), Meter()
         self.node_id = "a"
         self.running = False
         self.started = False

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvstore.env import Environment
+from kvstore.meters import Meter
 from kvstore.raft.sync import SLOW_S, SLOW_WEIGHT, SLOWNESS_MAX, VERY_SLOW_S, LogSync
 from kvstore.raft.wal import Wal
 from tests.fake_files import FaultyFile, FaultyFiles
@@ -30,7 +31,7 @@ class Bench:
         network = FakeNetwork(VirtualTime())
         self.wal = Wal.open(self.files, "/wal", node_id="1", segment_bytes=SEGMENT_BYTES)
         env = Environment(self, random.Random(1), self, network.host("a"), self.files)
-        self.sync = LogSync(env, self.wal, self._synced, self.errors.append)
+        self.sync = LogSync(env, self.wal, self._synced, self.errors.append, Meter())
         real_sync = FaultyFile.sync
 
         def slow_sync(file: FaultyFile) -> None:
