@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import click
 
-from kvstore.cli import backup, cluster, data, history, leases, nodes
+from kvstore.cli import backup, cluster, data, history, leases, locks, nodes
 from kvstore.errors import InternalError, KvError, OutcomeUnknown, Refused, StartupError, Unavailable
 
 REFUSED, UNAVAILABLE, OUTCOME_UNKNOWN, STARTUP, INTERNAL, INTERRUPTED = 1, 3, 4, 5, 70, 130
@@ -66,6 +66,7 @@ for command in (
     *data.COMMANDS,
     *history.COMMANDS,
     *leases.COMMANDS,
+    *locks.COMMANDS,
     *backup.COMMANDS,
 ):
     cli.add_command(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -119,3 +120,62 @@ async def test_leases(kv: Run) -> None:
     assert code == 1
     assert "lease_not_found" in err
     assert (await kv("lease", "grant", "0.5"))[0] == 2
+
+
+async def test_a_command_under_a_lock(kv: Run) -> None:
+    show = ("sh", "-c", "echo $KVSTORE_LOCK_TOKEN; exit 7")
+    code, out, _ = await kv("lock", "job", *show)
+    assert code == 7
+    first = int(out)
+    code, out, _ = await kv("lock", "job", "--", *show)
+    assert (code, int(out) > first) == (7, True)
+    # While it is held nobody else gets it; who waits does, afterwards.
+    holding = asyncio.ensure_future(kv("lock", "job", "sh", "-c", "echo in; sleep 1"))
+    code, err = 0, ""
+    while code == 0:  # until the holder has it
+        code, _, err = await kv("lock", "job", "--wait", "0", "true")
+    assert code == 3
+    assert "lock_held" in err
+    assert (await kv("lock", "job", "true"))[0] == 0
+    assert (await holding)[:2] == (0, "in\n")
+    code, _, err = await kv("lock", "job", "no-such-command")
+    assert code == 1
+    assert "cannot run" in err
+    assert (await kv("lock", "job", "sh", "-c", "kill -9 $$"))[0] == 137
+
+
+async def test_a_command_whose_lock_is_lost_is_ended(kv: Run) -> None:
+    holding = asyncio.ensure_future(kv("lock", "job", "--ttl", "1", "sleep", "20"))
+    leases: list[int] = []
+    while not leases:
+        leases = json.loads((await kv("lease", "list", "-o", "json"))[1])
+    assert (await kv("lease", "revoke", str(leases[0])))[0] == 0
+    code, _, err = await holding
+    assert code == 3
+    assert "lock_lost" in err
+
+
+async def test_watch_shows_what_changes(kv: Run) -> None:
+    await kv("put", "a/1", "one")
+    await kv("put", "a/1", "two")
+    await kv("del", "a/1")
+    await kv("put", "b", "other")
+    code, out, _ = await kv("watch", "a/", "--prefix", "--from-revision", "1", "--prev", "--count", "3")
+    assert code == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["1", "put", "a/1", "=", "one"],
+        ["2", "put", "a/1", "=", "two", "(before:", "one)"],
+        ["3", "del", "a/1", "(before:", "two)"],
+    ]
+    code, out, _ = await kv(
+        "watch", "--from-revision", "2", "--count", "3", "--no-deletes", "--count", "2", "-o", "json"
+    )
+    assert [json.loads(line)["record"]["value"] for line in out.splitlines()] == ["two", "other"]
+    assert (await kv("compact", "3"))[:2] == (0, "compacted up to revision 3\n")
+    code, _, err = await kv("watch", "--from-revision", "2")
+    assert code == 1
+    assert "revision_compacted" in err
+    code, _, err = await kv("watch", "--from-revision", "200")
+    assert code == 1
+    assert "revision_in_future" in err
+    assert (await kv("watch", "--no-puts", "--no-deletes"))[0] == 2

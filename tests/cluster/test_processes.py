@@ -200,7 +200,7 @@ async def test_what_keeps_a_node_from_starting(tmp_path: Path) -> None:
         assert "data_dir_mismatch" in await refusal("serve", *of_another)
         meta = node.data_dir / "META"
         before = meta.read_bytes()
-        meta.write_bytes(before.replace(b'"format":1', b'"format":9'))
+        meta.write_bytes(before.replace(b'"format":2', b'"format":9'))
         assert "data_format_newer" in await refusal(*arguments)
         meta.write_bytes(before)
         cluster.start("n1")
