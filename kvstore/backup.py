@@ -34,6 +34,8 @@ CHUNK_BYTES = 1024 * 1024
 # What a chunk may take, compressed or not: a page of records with the largest one as its last.
 CHUNK_BYTES_MAX = 4 * 1024 * 1024
 _LEASES_PER_CHUNK = 50_000
+# What a record takes in a chunk beside its key and value, at most.
+_RECORD_OVERHEAD_BYTES = 48
 # Little work, and most of what text-like values give.
 _COMPRESSION = 1
 
@@ -114,6 +116,8 @@ class PagedHash:
             self._end_page()
 
     def add_page(self, digest: bytes, count: int) -> None:
+        if not count:
+            return  # the end of a store whose last page is full
         self._whole.add(b"", digest)
         self.count += count
 
@@ -156,7 +160,7 @@ class BackupWriter:
         self._hash.add(record)
         self._count += 1
         self._records.append(record)
-        self._records_bytes += len(record.key) + len(record.value)
+        self._records_bytes += len(record.key) + len(record.value) + _RECORD_OVERHEAD_BYTES
         if self._records_bytes >= CHUNK_BYTES:
             self._end_chunk()
 

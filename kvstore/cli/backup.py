@@ -177,7 +177,7 @@ def inspect(data_dir: str, digest: bool, output: str) -> None:
         return
     rows = [("node", found["name"]), ("cluster id", found["cluster_id"])]
     rows += [
-        (f"member {member['name']}", f"{member['peer_address']} {'voter' if member['voter'] else 'learner'}")
+        (f"member {member['name']}", f"{member['peers']} {'voter' if member['voter'] else 'learner'}")
         for member in found["members"]
     ]
     for part in ("log", "state"):

@@ -95,8 +95,10 @@ class Verified(Struct, frozen=True):
 async def verify(client: Client, progress: Progress = lambda done, all: None) -> Verified:
     """Compare the records of all replicas at one revision. Each reads its own, page by page, beside its other work."""
     counted = await client.range(prefix=b"", count_only=True)
-    revision = max(1, counted.revision)
+    revision = counted.revision
     members = [member for member in (await client.status()).members if member.client_address]
+    if not revision:
+        return Verified(0, tuple(ReplicaDigest(member, PagedHash().digest()) for member in members))
     total = counted.count * len(members)
     done = 0
 

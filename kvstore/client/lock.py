@@ -124,7 +124,7 @@ class Lock:
         place = (await kv.txn(success=[Put(self.key, self._value, lease.id)])).revision
         while True:
             queue = await kv.range(prefix=self._prefix, keys_only=True, sort=SortBy.CREATE_REVISION)
-            if not any(record.key == self.key for record in queue.records):
+            if lease.lost or not any(record.key == self.key for record in queue.records):
                 raise Unavailable("the lease of this lock ended while it waited for its turn", code="lock_lost")
             before = [record for record in queue.records if record.create_revision < place]
             if not before:

@@ -106,6 +106,8 @@ class Stream:
 
     def taken(self, size_bytes: int) -> None:
         """So many bytes of events need no room any more."""
+        if self.error is not None:
+            return
         self._owed_bytes += size_bytes
         if self._is_full and self._room >= WINDOW_BYTES // 4:
             self.begin()
@@ -131,6 +133,9 @@ class Stream:
         self._retry = None
         self._is_full = self._room < WINDOW_BYTES // 4
         if self._is_full:
+            if self._give_up is not None:
+                self._give_up.cancel()
+                self._give_up = None
             return  # nobody is asked for what there is no room for; `taken` goes on
         self._arm_give_up()
         link = self._pool.choose(Route.REPLICA)
@@ -203,6 +208,8 @@ class Stream:
         self._end(Unavailable(text, code="timeout"))
 
     def _end(self, error: KvError) -> None:
+        if self.error is not None:
+            return
         self.error = error
         for timer in (self._retry, self._give_up):
             if timer is not None:

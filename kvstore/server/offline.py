@@ -55,13 +55,12 @@ def restore(
     check_name(name)
     if name not in {member.name for member in members}:
         raise StartupError(f"{name} is not among the members of the new cluster: {', '.join(m.name for m in members)}")
-    found = [entry for entry in files.list_dir(data_dir) if entry != "LOCK"]
-    if found:
-        raise StartupError(
-            f"{data_dir} is not empty ({', '.join(found[:4])}): restore into a new directory; nothing was changed",
-            code="data_dir_not_empty",
-        )
     directory = DataDirectory(files, data_dir)
+    try:
+        _check_empty(files, data_dir)
+    except BaseException:
+        directory.close()
+        raise
     try:
         restored = _fill(files, open_storage, file, data_dir, members, token, progress)
         wal = Wal.open(files, f"{data_dir}/wal", node_id=f"{chance.getrandbits(64):016x}")
@@ -76,6 +75,15 @@ def restore(
     finally:
         directory.close()
     return restored
+
+
+def _check_empty(files: Files, data_dir: str) -> None:
+    found = [entry for entry in files.list_dir(data_dir) if entry != "LOCK"]
+    if found:
+        raise StartupError(
+            f"{data_dir} is not empty ({', '.join(found[:4])}): restore into a new directory; nothing was changed",
+            code="data_dir_not_empty",
+        )
 
 
 def _fill(
@@ -155,6 +163,9 @@ def recover(
                     f"{name} was no member by its own log, which knows {known}: recover another node",
                     code="removed_from_cluster",
                 )
+            # First: a crash in between leaves a node that no other cluster's will talk to, and that cannot lead alone.
+            new_id = cluster_id([name], token or f"recovered {chance.getrandbits(128):032x}")
+            directory.claim_anew(name, new_id)
             alone = Configuration((Member(name, own.peer_address, own.client_address, wal.node_id, True),))
             wal.set_term(wal.term + 1, None)  # whatever its old leader has yet to say is of an older one
             wal.append(bytes([EntryKind.MEMBERS]) + alone.encode(), wal.last_index + 1, wal.term)
@@ -162,8 +173,6 @@ def recover(
             last_index = wal.last_index
         finally:
             wal.close()
-        new_id = cluster_id([name], token or f"recovered {chance.getrandbits(128):032x}")
-        directory.claim_anew(name, new_id)
     finally:
         directory.close()
     lost = tuple(member.name for member in configuration.members if member.name != name)
@@ -181,6 +190,7 @@ def inspect(files: Files, open_storage: OpenStorage, data_dir: str, *, digest: b
     directory = DataDirectory(files, data_dir)
     try:
         meta = directory.meta()
+        directory.check(meta.name, meta.cluster_id)  # a log that is missing must not be made anew here
         machine = Machine(open_storage, StateDirectory(files, f"{data_dir}/state").current())
         try:
             state = machine.describe(digest)

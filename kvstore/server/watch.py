@@ -520,8 +520,8 @@ class WatchHub:
         self._end_compacted()
         for connection in self._connections.values():
             if connection.told_revision < self._revision and not connection.gate.congested:
-                connection.told_revision = self._revision
                 behind = tuple(watch.id for watch in connection.watches.values() if watch.state is not _State.LIVE)
+                connection.told_revision = -1 if behind else self._revision
                 connection.gate.push(codec.WatchProgress(0, self._revision, behind))
 
     def _look_for_leader(self) -> None:

@@ -284,6 +284,9 @@ class Machine:
         now_ms = self._sessions.now_ms
         if isinstance(request, GrantLease):
             lease_id = request.lease or (self._position.index + 1) << POSITION_BITS | at
+            # Taken by a client's own choice, or by a lease of the store that this one was restored from.
+            while not request.lease and view.leases.find(lease_id) is not None:
+                lease_id += 1
             view.leases.grant(lease_id, request.ttl_ms, now_ms)
             return LeaseResult(view.revision, lease_id, request.ttl_ms)
         if isinstance(request, KeepLease):

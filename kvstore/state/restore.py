@@ -21,8 +21,9 @@ from kvstore.state.layout import (
 )
 from kvstore.state.storage import Storage
 
-# Where the log of a restored store begins: its first entry stands for all that the backup holds.
-FIRST_INDEX, FIRST_TERM = 1, 1
+# Where the log of a restored store begins: its first entry stands for all that the backup holds. Not at 1, where every
+# empty log begins: a node that joins must be sent a snapshot.
+FIRST_INDEX, FIRST_TERM = 2, 1
 # What goes into one batch of the storage.
 _BATCH_RECORDS = 1000
 

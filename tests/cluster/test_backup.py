@@ -88,6 +88,8 @@ async def test_a_wiped_cluster_is_restored_as_it_was(tmp_path: Path) -> None:
             assert await verified(cluster) == (made["digest"], made["revision"])
             assert [lease async for lease in kv.leases()]
             assert (await kv.put(b"more", b"")).revision == made["revision"] + 1
+        cluster.join("n4")  # an empty node gets all of it
+        await until_voter(cluster, "n4")
         async with kvstore.connect(cluster.endpoints, cluster_id=old_id) as kv:
             with pytest.raises(Refused) as caught:
                 await kv.get(b"more")
@@ -136,6 +138,9 @@ async def test_a_survivor_is_recovered_alone_and_grows_again(tmp_path: Path) -> 
             cluster.kill(name)
         inspected = await command(cluster, "inspect", str(survivor.data_dir))
         assert len(inspected["members"]) == 3
+        code, out, _ = await run_command("inspect", str(survivor.data_dir), "--digest")
+        assert code == 0
+        assert "member n3" in out
         code, _, err = await run_command("recover", str(survivor.data_dir), "--name", "n2", stdin=b"n3\n")
         assert code == 1
         assert "not confirmed" in err

@@ -237,3 +237,16 @@ async def test_what_is_taken_is_credited_in_portions() -> None:
     setup.stream.close(KvError("enough"))
     assert isinstance(setup.links[0].heard[-1], codec.WatchCancel)
     await asyncio.sleep(0)
+
+
+def test_an_ended_watch_asks_nobody_any_more() -> None:
+    setup = Setup()
+    setup.stand(1)
+    for revision in range(1, 11):
+        setup.tell(revision, event(revision), size_bytes=WINDOW_BYTES // 10)
+    setup.lose()
+    setup.time.advance(10 * TIMEOUT_S)
+    assert setup.stream.error is None, "its reader is slow; nobody was asked in vain"
+    setup.stream.close(KvError("enough"))
+    setup.stream.taken(WINDOW_BYTES)
+    assert not setup.links[1].heard
