@@ -81,7 +81,7 @@ def watch(
 def compact(revision: int, output: str, connection: Connection) -> None:
     """Forget history below REVISION: reads at an older one, and watches from there, are refused from then on.
 
-    The cluster does this by itself, too: see `kvstore serve --help` for how much it keeps.
+    The cluster does this by itself, too: it keeps an hour, a million log entries, or 1 GiB, whichever is least.
     """
     result = connection.call(lambda client: client.compact(revision))
     if output == "json":

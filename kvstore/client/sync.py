@@ -11,6 +11,7 @@ what the parent had under way stays the parent's.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import itertools
 import os
@@ -57,14 +58,24 @@ class _Thread:
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise Unavailable("this client was closed", code="closed") from None
         except BaseException:  # Ctrl-C, or a signal that ends this thread: nobody waits for it any more
             future.cancel()
             raise
 
     def stop(self) -> None:
+        self.run(_cancel_others())  # whose threads would wait for ever
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _blocking(method: Callable[Concatenate[Client, P], Awaitable[T]]) -> Callable[Concatenate[SyncClient, P], T]:

@@ -152,6 +152,22 @@ def test_a_closed_client_says_so(endpoints: str) -> None:
         kvstore.connect_sync("nowhere")
 
 
+def test_closing_ends_what_other_threads_wait_for(endpoints: str, p: bytes) -> None:
+    kv = kvstore.connect_sync(endpoints)
+    watch = kv.watch(prefix=p)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(next, watch), pool.submit(kv._run, lambda _client: asyncio.sleep(60.0))]
+        kv.put(p, b"")
+        assert waiting[0].result(WITHIN_S).key == p
+        waiting[0] = pool.submit(next, watch)
+        kv.get(p)
+        kv.close()
+        for call in waiting:
+            with pytest.raises(Unavailable) as caught:
+                call.result(WITHIN_S)
+            assert caught.value.code == "closed"
+
+
 def test_a_forked_child_has_connections_and_a_session_of_its_own(kv: SyncClient, p: bytes) -> None:
     assert kv.add(p + b"n", 1).value == 1
     child = os.fork()
