@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from kvstore import Client, Put, Refused, Unavailable
+from kvstore.client.lock import lock_prefix
 from tests.client_suite import ClientSuite, KvFactory, refused
 
 WITHIN_S = 8.0
@@ -107,6 +108,9 @@ class LockSuite(ClientSuite):
                 leader = await election.leader()
                 assert leader is not None
                 assert leader.value == b"first"
+                # Else the first may go before the second has asked, and nobody leads for a moment, which is seen too.
+                while (await kv.range(prefix=lock_prefix(p), count_only=True)).count < 2:
+                    await asyncio.sleep(0.01)
             await second
             await until([None, b"first", b"second", None])
         observer.cancel()
