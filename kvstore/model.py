@@ -38,8 +38,10 @@ WATCH_WINDOW_BYTES_MIN, WATCH_WINDOW_BYTES_MAX = 64 * 1024, 16 * 1024 * 1024
 WALK_MAX = 100_000
 # How far beyond a page its `count` looks: enough for "more than a thousand", for a millisecond.
 COUNT_AHEAD_MAX = 1000
-# Records under one page's digest: some milliseconds of hashing.
+# Where a page of a digest ends: with the record that makes it so many records, or so many bytes of them. A node reads
+# and hashes either in some 10 ms (1 us a record, 2 ms a MiB), and does nothing else meanwhile.
 DIGEST_RECORDS_MAX = 10_000
+DIGEST_BYTES_MAX = 4 * 1024 * 1024
 TXN_DEPTH_MAX = 8  # nested transactions; deeper ones would only hide how many operations there are
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -232,7 +234,8 @@ class ListLeases(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
 
 
 class Digest(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=27):
-    """A read: a hash over the records of `[start, end)` at a revision, of at most `limit` of them."""
+    """A read: a hash over the first page of the records of `[start, end)` at a revision. The page ends with the record
+    that makes it `limit` records or `DIGEST_BYTES_MAX` bytes, so where it does is up to those records alone."""
 
     start: bytes
     end: bytes
@@ -341,7 +344,7 @@ class LeaseList(Struct, array_like=True, forbid_unknown_fields=True, frozen=True
 
 
 class DigestResult(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=25):
-    """Answer to Digest. `last` is the last key that is in it, empty where the range ended before `limit`."""
+    """Answer to Digest. `last` is the last key that is in it, empty where the range ended before the page."""
 
     revision: int
     digest: bytes
@@ -413,8 +416,9 @@ class PeerStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
     match_index: int
 
 
-class NodeStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """What one node says of itself. `leader` is empty where it knows none."""
+class NodeStatus(Struct, array_like=True, frozen=True):
+    """What one node says of itself. `leader` is empty where it knows none. `alarms`: "quota" while the store reached
+    its quota. `size_bytes`: records and kept history. Newer nodes may say more, at the end."""
 
     name: str
     cluster_id: str
@@ -432,6 +436,8 @@ class NodeStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
     storage_error: str = ""
     version: str = ""
     digest: str = ""
+    alarms: tuple[str, ...] = ()
+    size_bytes: int = 0
 
 
 # --- what consensus and the state machine hand each other, beside bytes -----------------------------------------------

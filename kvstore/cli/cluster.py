@@ -197,7 +197,7 @@ def _status_row(member: Member, answer: NodeStatus | KvError) -> tuple[str, ...]
         str(answer.commit_index),
         str(answer.applied_index),
         str(answer.revision),
-        answer.storage_error or answer.digest,
+        answer.storage_error or ", ".join(f"alarm: {alarm}" for alarm in answer.alarms) or answer.digest,
     )
 
 

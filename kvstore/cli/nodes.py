@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from kvstore.cli.logs import FORMATS, LEVELS, server_log
-from kvstore.cli.options import Connection, connection_options
+from kvstore.cli.options import Connection, Size, connection_options
 from kvstore.errors import KvError, StartupError
 from kvstore.model import Member
 
@@ -41,7 +41,7 @@ def parse_peers(text: str) -> tuple[Member, ...]:
 
 
 def node_options(command: F) -> F:
-    """What every node is told."""
+    """What every node is told. The command gets the limits among it as `limits`, for `ServerOptions`."""
     options = [
         click.option("--name", required=True, help="This node's name; unique in its cluster, and kept for life."),
         click.option(
@@ -75,13 +75,58 @@ def node_options(command: F) -> F:
             is_flag=True,
             help="Listen on addresses that other machines reach, although there is no TLS and no authentication yet.",
         ),
+        click.option(
+            "--quota",
+            type=Size(),
+            default="16GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="Largest size of the store, records and history together. Above it only deletes, reads and compaction "
+            "are taken, and an alarm is shown. 0 is none.",
+        ),
+        click.option(
+            "--history-age",
+            type=click.FloatRange(0, 10 * 365 * 86400),
+            default=3600.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long the past can be read and watched from, unless --history-size is reached before.",
+        ),
+        click.option(
+            "--history-size",
+            type=Size(),
+            default="1GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="How much of the past is kept at most.",
+        ),
+        click.option(
+            "--client-rate",
+            type=click.IntRange(0, 10_000_000),
+            default=0,
+            show_default=True,
+            metavar="REQUESTS",
+            help="Requests a second that are read from one client connection; more of them wait. 0 is no limit.",
+        ),
         click.option("--log-format", type=click.Choice(FORMATS), default="auto", show_default=True),
         click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True),
         click.option("--with-parent", is_flag=True, hidden=True, help="Stop when standard input ends."),
     ]
+
+    @functools.wraps(command)
+    def with_limits(
+        *args: Any, quota: int, history_age: float, history_size: int, client_rate: int, **kwargs: Any
+    ) -> Any:
+        from kvstore.state.mvcc import Retention
+
+        retention = Retention(age_ms=round(history_age * 1000), size_bytes=history_size)
+        limits = {"quota_bytes": quota, "retention": retention, "client_rate": client_rate}
+        return command(*args, limits=limits, **kwargs)
+
+    decorated: Any = with_limits
     for option in reversed(options):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
 
 
 token_option = click.option(
@@ -138,6 +183,7 @@ def serve(
     log_format: str,
     log_level: str,
     with_parent: bool,
+    limits: dict[str, Any],
     peers: str | None,
     cluster_token: str | None,
     heartbeat_ms: int,
@@ -183,6 +229,7 @@ def serve(
         election_min_ms=election_ms,
         election_max_ms=2 * election_ms,
         version=serving.version(),
+        **limits,
     )
     serving.serve(options, server_log(name, log_format, log_level), parent_pipe=with_parent)
 
@@ -208,6 +255,7 @@ def join(
     log_format: str,
     log_level: str,
     with_parent: bool,
+    limits: dict[str, Any],
     learner: bool,
     connection: Connection,
 ) -> None:
@@ -237,6 +285,7 @@ def join(
         client_advertise=client_advertise,
         insecure=insecure,
         version=serving.version(),
+        **limits,
     )
     log = server_log(name, log_format, log_level)
     joining.join(

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -35,6 +35,21 @@ class NumbersAreArguments(click.Command):
                     raise click.NoSuchOption(name, ctx=ctx)
             ctx.ignore_unknown_options = True
         return super().parse_args(ctx, args)
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as a number or with a unit: 500000, 64MiB, 16GiB. The option gets an int."""
+
+    name = "size"
+    _UNITS: ClassVar = {"": 1, "b": 1, "kib": 1024, "mib": 1024**2, "gib": 1024**3, "tib": 1024**4}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        matched = re.fullmatch(r"([0-9]{1,18})\s*([A-Za-z]*)", value.strip())
+        if matched is None or matched[2].lower() not in self._UNITS:
+            self.fail(f"{value!r} is no size; write bytes, or a number with KiB, MiB, GiB or TiB", param, ctx)
+        return int(matched[1]) * self._UNITS[matched[2].lower()]
 
 
 class Connection:

@@ -30,6 +30,8 @@ def build_node(
             election_min_ms=options.election_min_ms,
             election_max_ms=options.election_max_ms,
         )
-        return cast(Raft, RaftNode(config, env, data_dir, lambda path: Machine(open_storage, path), log))
+        return cast(
+            Raft, RaftNode(config, env, data_dir, lambda path: Machine(open_storage, path, options.retention), log)
+        )
 
     return ServerNode(options, env, log, open_raft)

@@ -3,7 +3,7 @@
 - `/livez`: 200 while this process answers. No answer: restart it.
 - `/readyz`: 200 while it knows a leader, its disk works, it is a member, and it has applied all but `BEHIND_MAX` of
   what it knows to be committed. Else 503 and the reason: send requests elsewhere.
-- `/health`: the same in the words of etcd: `{"health": "true", "reason": ""}`.
+- `/health`: the same in the words of etcd: `{"health": "true", "reason": ""}`; an alarm makes it false, too.
 - `/metrics`: for Prometheus.
 
 No request changes anything, and no body is read.
@@ -65,6 +65,10 @@ class HttpDoor:
             return f"it is {behind} entries behind"
         return ""
 
+    def alarm(self) -> str:
+        """Empty while there is none."""
+        return ", ".join(f"alarm: {alarm}" for alarm in self._node.status().alarms)
+
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.method not in ("GET", "HEAD"):
             return _text(405, "only GET and HEAD are known here\n")
@@ -74,7 +78,7 @@ class HttpDoor:
             why = self.why_not_ready()
             return _text(503 if why else 200, f"not ready: {why}\n" if why else "ok\n")
         if request.path == "/health":
-            why = self.why_not_ready()
+            why = self.why_not_ready() or self.alarm()
             return web.json_response({"health": "false" if why else "true", "reason": why}, status=503 if why else 200)
         if request.path == "/metrics":
             body = generate_latest(self._registry)

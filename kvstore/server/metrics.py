@@ -11,6 +11,7 @@ from prometheus_client.registry import CollectorRegistry
 from kvstore import model
 from kvstore.meters import BOUNDS_S, Meter
 from kvstore.server.native import NativeStats
+from kvstore.server.quota import QUOTA
 
 
 class Observed(Protocol):
@@ -83,6 +84,9 @@ class NodeCollector:
         yield _gauge("kvstore_watches", "Watches on this node.", watches)
         yield _gauge("kvstore_watches_lagging", "Those of them that do not have everything yet.", lagging)
         state = node.state()
+        sizes = [((what,), int(state[f"{what}_bytes"])) for what in ("records", "history")]
+        yield _labelled("kvstore_size_bytes", "What the state holds.", ("of",), sizes)
+        yield _labelled("kvstore_alarm", "1 while it lasts.", ("alarm",), [((QUOTA,), QUOTA in status.alarms)])
         for name in ("sessions", "leases", "compacted_revision"):
             yield _gauge(f"kvstore_{name}", f"{name.replace('_', ' ').capitalize()} in the state.", int(state[name]))
         stats = node.door_stats()
@@ -93,6 +97,8 @@ class NodeCollector:
 def _door(stats: NativeStats) -> Iterator[Any]:
     yield _gauge("kvstore_connections", "Open connections of clients.", stats.connections)
     yield _counter("kvstore_connections_accepted", "Connections that were accepted.", stats.accepted)
+    yield _counter("kvstore_connections_throttled", "Pauses of connections that sent more than their rate.",
+                   stats.throttled)  # fmt: skip
     yield _counter("kvstore_connections_closed_slow", "Connections closed because they read too little.",
                    stats.closed_slow)  # fmt: skip
     requests = CounterMetricFamily("kvstore_requests", "Requests answered, by kind and outcome.",

@@ -8,6 +8,8 @@ Rules
 - Every buffer is bounded. A connection with `IN_FLIGHT_MAX` requests or `IN_FLIGHT_BYTES_MAX` of them unanswered is
   not read; neither is one whose answers pile up, nor any while the node is under pressure. One that leaves
   `UNREAD_BYTES_MAX` unread, or reads nothing for `STUCK_S`, is closed.
+- A connection that sends more than its rate, where one is set, is not read until its requests are within it again; none
+  is refused for it.
 - No task and no future per request.
 
 It translates and counts; what a request means is the node's to know (`Handler`). TLS and authentication are to come
@@ -55,12 +57,13 @@ class Handler(Protocol):
 
 class NativeStats(Struct, frozen=True):
     """Counted since start. `junk` is closed connections by the code of what was wrong; `answered` is requests by kind
-    and outcome: ok, refused, or the code of a failure."""
+    and outcome: ok, refused, or the code of a failure; `throttled` is pauses for the rate."""
 
     connections: int
     accepted: int
     refused_full: int
     requests: int
+    throttled: int
     closed_slow: int
     junk: tuple[tuple[str, int], ...]
     answered: tuple[tuple[str, str, int], ...]
@@ -69,7 +72,9 @@ class NativeStats(Struct, frozen=True):
 class NativeDoor:
     """Listens, and keeps its connections. One per node."""
 
-    def __init__(self, env: Environment, handler: Handler, log: Log) -> None:
+    def __init__(self, env: Environment, handler: Handler, log: Log, rate: int = 0) -> None:
+        """`rate`: requests a second of one connection; 0 is no limit."""
+        self.rate = rate
         self.handle = handler.handle
         self._handler = handler
         self.call_soon = env.scheduler.call_soon
@@ -84,6 +89,7 @@ class NativeDoor:
         self.accepted = 0
         self.refused_full = 0
         self.requests = 0
+        self.throttled = 0
         self.closed_slow = 0
         self.junk: Counter[str] = Counter()
         self.answered: Counter[tuple[str, str]] = Counter()
@@ -104,6 +110,7 @@ class NativeDoor:
             accepted=self.accepted,
             refused_full=self.refused_full,
             requests=self.requests,
+            throttled=self.throttled,
             closed_slow=self.closed_slow,
             junk=tuple(sorted(self.junk.items())),
             answered=tuple((*key, count) for key, count in sorted(self.answered.items())),
@@ -143,6 +150,9 @@ class NativeDoor:
 
     def now(self) -> float:
         return self._env.clock.monotonic()
+
+    def later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
+        return self._env.scheduler.call_later(delay_s, callback)
 
     def closed_for_junk(self, peer: str, error: Refused) -> None:
         self.junk[error.code] += 1
@@ -210,6 +220,9 @@ class _Connection(asyncio.Protocol):
         "_reading",
         "_send_paused",
         "_sizes",
+        "_throttle",
+        "_tokens",
+        "_tokens_at",
         "_transport",
         "_unread_bytes",
     )
@@ -232,6 +245,10 @@ class _Connection(asyncio.Protocol):
         self._unread_bytes = 0
         self._postponed: deque[Callable[[], object]] = deque()
         self._progress_at = door.now()
+        # A bucket of one second's requests, full at first; below 0 nothing is read until it is not.
+        self._tokens = float(door.rate)
+        self._tokens_at = self._progress_at
+        self._throttle: Timer | None = None
 
     # --- asyncio.Protocol ---------------------------------------------------------------------------------------------
 
@@ -247,6 +264,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
         self._transport = None
+        if self._throttle is not None:
+            self._throttle.cancel()
         self._out.clear()
         self._postponed.clear()
         self._door.lost(self)
@@ -254,13 +273,17 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
+        count = 0
         try:
             for body in self._reader.feed(data):
+                count += 1
                 if not self._receive(body):
                     return
         except Refused as error:
             self._refuse(error)
             return
+        if self._door.rate:
+            self._spend(count)
         if self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX:
             self.update_reading()
 
@@ -390,6 +413,22 @@ class _Connection(asyncio.Protocol):
         if not self._reading:
             self.update_reading()
 
+    # --- its rate ---------------------------------------------------------------------------------------------------
+
+    def _spend(self, count: int) -> None:
+        """What one read brought may overdraw; the next read waits until that is made up."""
+        now, rate = self._door.now(), self._door.rate
+        self._tokens = min(float(rate), self._tokens + (now - self._tokens_at) * rate) - count
+        self._tokens_at = now
+        if self._tokens < 0 and self._throttle is None:
+            self._door.throttled += 1
+            self._throttle = self._door.later(-self._tokens / rate, self._within_rate)
+            self.update_reading()
+
+    def _within_rate(self) -> None:
+        self._throttle = None
+        self.update_reading()
+
     # --- flow, deadlines, the end -------------------------------------------------------------------------------------
 
     def update_reading(self) -> None:
@@ -401,6 +440,7 @@ class _Connection(asyncio.Protocol):
             self._in_flight >= IN_FLIGHT_MAX
             or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX
             or self._send_paused
+            or self._throttle is not None
             or self._closing
             or self._door.reads_nothing
         )

@@ -38,8 +38,10 @@ from kvstore.server.identity import DataDirectory, check_loopback, check_name
 from kvstore.server.log_clock import LogClock
 from kvstore.server.native import NativeDoor, NativeStats
 from kvstore.server.ports import Gate, Log, Machine, Raft, Reply
+from kvstore.server.quota import QUOTA, Quota
 from kvstore.server.reads import Reads, Waiting
 from kvstore.server.watch import WatchHub
+from kvstore.state.mvcc import Retention
 
 if TYPE_CHECKING:
     from kvstore.server.http import HttpDoor
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
 HAND_OVER_S = 2.0
 # How long what was proposed may take to be answered before a stopping node gives up on it.
 DRAIN_S = 2.0
+# Of records and kept history together. More works, but starts, backups and joins take minutes then; who wants that
+# should decide so.
+QUOTA_BYTES = 16 * 1024**3
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):
@@ -56,7 +61,7 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     `members` are the initial ones, this node among them; empty for a node that joins a running cluster, or that has
     a data directory already. `cluster_id` may be empty where the directory records it. An empty `client_listen` or
     `http_listen` opens no such door (an embedded store has none). `…_advertise` is what the others and clients are
-    told; the listen address if empty.
+    told; the listen address if empty. `quota_bytes` and `client_rate` 0: no quota, no limit.
     """
 
     name: str
@@ -72,6 +77,9 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     heartbeat_ms: int = 100
     election_min_ms: int = 500
     election_max_ms: int = 1000
+    quota_bytes: int = QUOTA_BYTES
+    client_rate: int = 0
+    retention: Retention = Retention()
     version: str = ""
 
 
@@ -96,6 +104,7 @@ class ServerNode:
         self._reads: Reads
         self._watches: WatchHub
         self._chores: Chores
+        self._quota: Quota
         self.door: NativeDoor | None = None
         self.http: HttpDoor | None = None
         self.leader_changes = 0
@@ -209,6 +218,8 @@ class ServerNode:
             storage_error=status.storage_error,
             version=self.options.version,
             digest=machine.digest() if digest else "",
+            alarms=(QUOTA,) if self._quota.exceeded else (),
+            size_bytes=machine.size_bytes,
         )
 
     def _write(self, frame: codec.Write, reply: Reply) -> None:
@@ -221,6 +232,8 @@ class ServerNode:
             limits.check_mutation(mutation, len(frame.request))
             if isinstance(mutation, (model.ExpireSessions, model.ExpireLeases)):
                 raise Refused("only the leader itself ends sessions and leases that are over")
+            if self._quota.exceeded:
+                self._quota.check(mutation)
             if (frame.session | frame.seq | frame.acked_below) >> 63:  # one of them is negative or has a 64th bit
                 raise Refused("session, seq and acked_below are numbers from 0 to 2^63 - 1")
         except Refused as error:
@@ -332,6 +345,7 @@ class ServerNode:
             self._log_clock.begin()
         self._reads.applied()
         self._watches.applied()
+        self._quota.look()
 
     def _failed(self, error: KvError) -> None:
         """Consensus takes no part any more. Local reads are still served; what to do is the process's to decide."""
@@ -381,13 +395,15 @@ class ServerNode:
         self._reads = Reads(env, raft, lambda: self.machine, self._failure, self._log_clock.now_ms)
         self._watches = WatchHub(env, raft, lambda: self.machine, self._failure)
         self._chores = Chores(env, raft, lambda: self.machine, self._log_clock, self._batcher, self._log)
+        self._quota = Quota(self.options.quota_bytes, lambda: self.machine, self._log)
+        self._quota.look()
         raft.on_leadership = self._leadership_changed
         raft.on_applied = self._applied
         raft.on_fatal = self._failed
 
     async def _open_doors(self) -> None:
         if self.options.client_listen:
-            door = NativeDoor(self._env, self, self._log)
+            door = NativeDoor(self._env, self, self._log, self.options.client_rate)
             await self._listen(self.options.client_listen, door.start)
             self.door = door
         if self.options.http_listen:

@@ -131,6 +131,9 @@ class Machine(Protocol):
     def revision(self) -> int: ...
 
     @property
+    def size_bytes(self) -> int: ...
+
+    @property
     def applied_term(self) -> int: ...
 
     @property

@@ -131,7 +131,8 @@ class Epoch(msgspec.Struct, array_like=True, gc=False):
 
 class Position(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Where the state stands; written with every entry. `outcomes_from` is the first log index whose `o` is needed
-    to rebuild the sessions."""
+    to rebuild the sessions. `records_bytes` is what all current records have together, keys and packed records; -1 in
+    a state of before it was counted."""
 
     format: int
     index: int
@@ -142,6 +143,7 @@ class Position(msgspec.Struct, array_like=True, frozen=True, gc=False):
     log_time_ms: int
     outcomes_from: int
     epoch: Epoch
+    records_bytes: int = -1
 
 
 # A batch's events in order, flat to keep encoding cheap: key, revision, content; and so on. Content is False for a

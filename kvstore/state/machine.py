@@ -49,7 +49,7 @@ from kvstore.state import layout, txn
 from kvstore.state.feed import Changed, Feed
 from kvstore.state.layout import FORMAT, M_EPOCHS, M_FORMAT, M_MEMBERS, M_POSITION, Epoch, Position, check_format
 from kvstore.state.leases import EXPIRED_PER_ENTRY_MAX, EXPIRED_RECORDS_PER_ENTRY_MAX, Leases, listed
-from kvstore.state.mvcc import Overlay, Records
+from kvstore.state.mvcc import Overlay, Records, Retention
 from kvstore.state.sessions import POSITION_BITS, TTL_MS, Sessions, expired_answer
 from kvstore.state.storage import OpenStorage, Storage, StorageFailed
 
@@ -69,6 +69,7 @@ ANSWERS_BYTES_PER_ENTRY_MAX = 32 * 1024 * 1024
 _OVERLOADED = txn.refused(
     Refused("the answers to the requests sent together with this one are too large; send it again", code="overloaded")
 )
+_RETENTION = Retention()
 _SESSION_REQUESTS = frozenset({KeepSession, CloseSession})
 _OPERATIONS = frozenset({Put, Delete, Range, model.Add, Txn})
 
@@ -84,6 +85,7 @@ class Machine:
         "_open_storage",
         "_position",
         "_records",
+        "_retention",
         "_sessions",
         "_stopped",
         "_storage",
@@ -91,9 +93,10 @@ class Machine:
         "_unflushed_requests",
     )
 
-    def __init__(self, open_storage: OpenStorage, path: str) -> None:
+    def __init__(self, open_storage: OpenStorage, path: str, retention: Retention = _RETENTION) -> None:
         """Raises `StartupError` (`data_dir_in_use`, `state_damaged`, `data_format_newer`) or `StorageFailed`."""
         self._open_storage = open_storage
+        self._retention = retention
         self._open(path)
 
     def _open(self, path: str) -> None:
@@ -113,7 +116,7 @@ class Machine:
         self._members = members
         self._sessions = sessions
         self._leases = leases
-        self._records = Records(storage, position.revision, position.compacted_revision, epochs)
+        self._records = Records(storage, position, epochs, self._retention)
         self._feed = Feed(storage, self._records)
         self._idle = Overlay(self._records, self._leases)  # the view of reads between entries
         self._unflushed_requests = 0
@@ -151,6 +154,11 @@ class Machine:
     @property
     def members(self) -> bytes:
         return self._members
+
+    @property
+    def size_bytes(self) -> int:
+        """What all records have together, and all history that is kept."""
+        return self._records.records_bytes + self._records.history_bytes
 
     @property
     def session_count(self) -> int:
@@ -225,7 +233,7 @@ class Machine:
         """Everything an entry changed, in one batch; then, and only then, in what reads see."""
         records, sessions = self._records, self._sessions
         batch = self._storage.batch()
-        epochs = records.prepare(view, batch, log_time_ms)
+        epochs, records_bytes = records.prepare(view, batch, log_time_ms)
         view.leases.prepare(batch)
         sessions.end(batch)
         position = Position(
@@ -238,6 +246,7 @@ class Machine:
             log_time_ms,
             sessions.outcomes_from,
             epochs[-1],
+            records_bytes,
         )
         batch.put(M_POSITION, layout.encode(position))
         if epochs[-1].id != records.epochs[-1].id or epochs[0].id != records.epochs[0].id:
@@ -247,7 +256,7 @@ class Machine:
         if members is not None:
             batch.put(M_MEMBERS, members)
         self._storage.write(batch)
-        records.committed(view, epochs)
+        records.committed(view, epochs, records_bytes)
         self._leases.committed(view.leases)
         self._feed.committed(view)
         self._position = position
@@ -367,6 +376,8 @@ class Machine:
             "log_time_ms": position.log_time_ms,
             "sessions": len(self._sessions.by_id),
             "leases": len(self._leases.by_id),
+            "records_bytes": self._records.records_bytes,
+            "history_bytes": self._records.history_bytes,
         }
         if digest:
             described["records"] = sum(1 for _ in self._records.scan(b"", b""))

@@ -37,6 +37,7 @@ from kvstore.state.layout import (
     WITHIN_BATCH,
     BatchRecord,
     Epoch,
+    Position,
     check_format,
     escape,
     family_end,
@@ -57,11 +58,17 @@ _CACHE_ENTRY_BYTES = 160
 # Batches of history that reads looked into, decoded. One read at a revision looks into one batch, often again.
 _BATCHES_CACHED = 4
 
-# Automatic compaction keeps this much history: an hour is enough for any watcher to come back, the other two bound
-# what a busy hour may cost.
-HISTORY_AGE_MS = 60 * 60 * 1000
-HISTORY_BATCHES = 1_000_000
-HISTORY_BYTES = 1024 * 1024 * 1024
+
+class Retention(Struct, frozen=True):
+    """How much history automatic compaction keeps: all that ended within `age_ms` of log time, as long as it is no
+    more than `batches` log entries and `size_bytes` together. An hour is enough for any watcher to come back; the other
+    two bound what a busy hour may cost. Each replica keeps its own, and the leader's is what compacts."""
+
+    age_ms: int = 60 * 60 * 1000
+    batches: int = 1_000_000
+    size_bytes: int = 1024 * 1024 * 1024
+
+
 # An epoch is a sixteenth of any of these, so that at most that much too much is kept, and a read at an old revision
 # looks into a few dozen epochs at most.
 _EPOCHS_KEPT = 16
@@ -91,24 +98,35 @@ class Records:
         "_get",
         "_hot",
         "_hot_bytes",
+        "_retention",
         "_storage",
         "compacted_revision",
         "epochs",
+        "records_bytes",
         "revision",
     )
 
-    def __init__(self, storage: Storage, revision: int, compacted_revision: int, epochs: list[Epoch]) -> None:
+    def __init__(self, storage: Storage, position: Position, epochs: list[Epoch], retention: Retention) -> None:
         """`epochs`: oldest first, the current one last."""
         self._storage = storage
         self._get = storage.get
-        self.revision = revision
-        self.compacted_revision = compacted_revision
+        self._retention = retention
+        self.revision = position.revision
+        self.compacted_revision = position.compacted_revision
         self.epochs = epochs
         self._first_revisions = [epoch.first_revision for epoch in epochs]
         self._hot: dict[bytes, bytes] = {}
         self._cold: dict[bytes, bytes] = {}
         self._hot_bytes = 0
         self._batches: dict[bytes, BatchRecord] = {}
+        self.records_bytes = position.records_bytes
+        if self.records_bytes < 0:
+            self.records_bytes = sum(len(key) + len(packed) for key, packed in self.scan(b"", b""))
+
+    @property
+    def history_bytes(self) -> int:
+        """What all that is kept of the past has together."""
+        return sum(epoch.size_bytes for epoch in self.epochs)
 
     # --- reading what holds now -------------------------------------------------------------------------------------
 
@@ -242,21 +260,21 @@ class Records:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, overlay: Overlay, batch: Batch, log_time_ms: int) -> list[Epoch]:
-        """Put what the overlay changed into the storage batch. Returns the epochs as they will be: hand them to
-        `committed` once the batch is written. Changes nothing here."""
-        epochs = self.epochs
+    def prepare(self, overlay: Overlay, batch: Batch, log_time_ms: int) -> tuple[list[Epoch], int]:
+        """Put what the overlay changed into the storage batch. Returns the epochs and the `records_bytes` as they will
+        be: hand them to `committed` once the batch is written. Changes nothing here."""
+        epochs, records_bytes = self.epochs, self.records_bytes
         first_revision = self.revision + 1
         if overlay.compacted_revision > self.compacted_revision:
             epochs = self._forget(overlay, batch, log_time_ms)
         events = overlay.events
         if not events:
-            return epochs
-        epoch = epochs[-1]
+            return epochs, records_bytes
+        epoch, retention = epochs[-1], self._retention
         if (
-            epoch.batches >= HISTORY_BATCHES // _EPOCHS_KEPT
-            or epoch.size_bytes >= HISTORY_BYTES // _EPOCHS_KEPT
-            or (log_time_ms - epoch.started_ms >= HISTORY_AGE_MS // _EPOCHS_KEPT and epoch.batches)
+            epoch.batches >= retention.batches // _EPOCHS_KEPT
+            or epoch.size_bytes >= retention.size_bytes // _EPOCHS_KEPT
+            or (log_time_ms - epoch.started_ms >= retention.age_ms // _EPOCHS_KEPT and epoch.batches)
         ):
             epochs = [*epochs, Epoch(epoch.id + 1, first_revision, log_time_ms)]
             epoch = epochs[-1]
@@ -268,9 +286,11 @@ class Records:
             record, before, first = change.record, change.before, change.first_revision
             if record is not None:
                 put(CURRENT + key, record)
+                records_bytes += len(key) + len(record)
             elif before is not None:
                 batch.delete(CURRENT + key)
             if before is not None:
+                records_bytes -= len(key) + len(before)
                 entry = replaced + escape(key) + TERMINATOR + before[MOD_REVISION]
                 put(entry, pack_ended(FORMAT, WHOLE_RECORD, first) + before)
                 size_bytes += len(entry) + len(before)
@@ -286,7 +306,7 @@ class Records:
             epoch.batches + 1,
             epoch.size_bytes + size_bytes + len(encoded),
         )
-        return [*epochs[:-1], grown]
+        return [*epochs[:-1], grown], records_bytes
 
     def _forget(self, overlay: Overlay, batch: Batch, log_time_ms: int) -> list[Epoch]:
         """Range deletes for what no allowed read needs any more, before the batch's own writes. At most two."""
@@ -307,8 +327,9 @@ class Records:
                 break
         return epochs
 
-    def committed(self, overlay: Overlay, epochs: list[Epoch]) -> None:
+    def committed(self, overlay: Overlay, epochs: list[Epoch], records_bytes: int) -> None:
         """The storage has taken what `prepare` put into its batch."""
+        self.records_bytes = records_bytes
         if epochs is not self.epochs:
             self.epochs = epochs
             self._first_revisions = [epoch.first_revision for epoch in epochs]
@@ -333,13 +354,18 @@ class Records:
     def compaction_due(self, log_time_ms: int) -> int | None:
         """The revision that automatic compaction should name now, if any."""
         batches = size_bytes = 0
+        retention = self._retention
         keep = len(self.epochs) - 1
         for at in range(len(self.epochs) - 1, -1, -1):
             epoch = self.epochs[at]
             ended_ms = self.epochs[at + 1].started_ms if at + 1 < len(self.epochs) else log_time_ms
             batches += epoch.batches
             size_bytes += epoch.size_bytes
-            if batches > HISTORY_BATCHES or size_bytes > HISTORY_BYTES or ended_ms + HISTORY_AGE_MS < log_time_ms:
+            if (
+                batches > retention.batches
+                or size_bytes > retention.size_bytes
+                or ended_ms + retention.age_ms < log_time_ms
+            ):
                 break
             keep = at
         revision = self.epochs[keep].first_revision - 1

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.timeout(60)
 class HttpCluster(ClusterProcesses):
     """Three nodes with an http door each."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, arguments: tuple[str, ...] = ()) -> None:
+        super().__init__(path, arguments=arguments)
         self.http = dict(zip(self.nodes, free_ports(3), strict=True))
 
     def serve_arguments(self, name: str) -> list[str]:
@@ -80,6 +80,38 @@ async def test_health_and_metrics(tmp_path: Path) -> None:
         assert json.loads((await cluster.get(leader, "/health"))[1]) == {"health": "true", "reason": ""}
         assert (await cluster.get(leader, "/elsewhere"))[0] == 404
         assert (await cluster.get(leader, "/metrics", "POST"))[0] == 405
+
+
+async def test_a_full_store_takes_deletes_and_then_writes_again(tmp_path: Path) -> None:
+    async with HttpCluster(tmp_path, ("--quota", "1MiB")) as cluster, cluster.client() as kv:
+        leader = await cluster.leader()
+        value = b"v" * 50_000
+        written = 0
+        with pytest.raises(Refused, match="kvstore compact") as caught:
+            while written < 100:
+                await kv.put(b"%d" % written, value)
+                written += 1
+        assert caught.value.code == "quota_exceeded"
+        assert 15 <= written <= 22
+
+        async def alarm(lasts: bool) -> bool:
+            return (await cluster.metrics(leader))[("kvstore_alarm", "quota")] == lasts
+
+        await until(lambda: alarm(True), 5.0, "the alarm is shown")
+        assert (await cluster.get(leader, "/readyz"))[0] == 200
+        assert await cluster.get(leader, "/health") == (503, '{"health": "false", "reason": "alarm: quota"}')
+        status = await cluster.status(leader)
+        assert status is not None
+        assert status.alarms == ("quota",)
+        assert (await kv.get(b"0", level="linearizable")) is not None
+        # Deletes alone only move records into history; compaction forgets that.
+        deleted = await kv.delete_prefix(b"")
+        with pytest.raises(Refused):
+            await kv.put(b"still", value)
+        await kv.compact(deleted.revision)
+        await until(lambda: alarm(False), 5.0, "the alarm ends")
+        await kv.put(b"again", value)
+        assert (await cluster.get(leader, "/health"))[0] == 200
 
 
 async def test_a_node_without_a_majority_lives_and_is_not_ready(tmp_path: Path) -> None:

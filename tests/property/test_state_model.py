@@ -50,6 +50,7 @@ from kvstore.model import (
     Txn,
 )
 from kvstore.state import mvcc, sessions
+from kvstore.state.layout import HEADER_BYTES
 from kvstore.state.machine import DATA, MEMBERS, NOOP, Machine
 from kvstore.state.storage import MemoryDisk, RocksStorage
 from tests.state_model import Call, Model, bare, decoded, entry
@@ -105,6 +106,8 @@ lease_requests = (
 )
 steps_ms = st.sampled_from([-1000, 0, 1, 20_000, 61_000])
 
+RETENTION = mvcc.Retention(batches=64)  # an epoch is 4 batches
+
 
 class Replica(RuleBasedStateMachine):
     """One machine and the model. Every entry is kept, so that what a crash lost can be applied again."""
@@ -113,7 +116,6 @@ class Replica(RuleBasedStateMachine):
         super().__init__()
         self.cleanup = ExitStack()
         for module, name, small in (
-            (mvcc, "HISTORY_BATCHES", 64),  # an epoch is 4 batches
             (mvcc, "_WALK_MAX", 2),
             (mvcc, "CACHE_GENERATION_BYTES", 500),
             (sessions, "_UNWRITTEN_ENTRIES_MAX", 3),
@@ -126,7 +128,7 @@ class Replica(RuleBasedStateMachine):
         self.flushed = 0
         self.paths = 0
         self.path = self.new_path()
-        self.machine = Machine(self.open_storage, self.path)
+        self.machine = Machine(self.open_storage, self.path, RETENTION)
         self.session_ids: list[int] = []
 
     # What the two storages do differently.
@@ -230,7 +232,7 @@ class Replica(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.machine.close()
-        self.machine = Machine(self.open_storage, self.path)
+        self.machine = Machine(self.open_storage, self.path, RETENTION)
         assert self.machine.applied_index == len(self.entries)
         self.flushed = len(self.entries)
 
@@ -273,6 +275,12 @@ class Replica(RuleBasedStateMachine):
             assert answer == self.model.operate(Range(key), write=False)
 
     @invariant()
+    def its_size_is_that_of_its_records(self) -> None:
+        records = codec.decode_result(self.machine.read(Range(b"", b""))).records
+        counted = sum(len(record.key) + HEADER_BYTES + len(record.value) for record in records)
+        assert self.machine.describe(False)["records_bytes"] == counted
+
+    @invariant()
     def expiry_is_due_when_a_session_s_time_has_passed(self) -> None:
         for at in (self.model.log_time_ms, self.model.log_time_ms + 60_000):
             passed = any(session.last_ms + 60_000 <= at for session in self.model.sessions.values())
@@ -302,7 +310,7 @@ class OnMemory(Replica):
     @rule()
     def crash(self) -> None:
         self.disk.crash()
-        self.machine = Machine(self.open_storage, self.path)
+        self.machine = Machine(self.open_storage, self.path, RETENTION)
         assert self.machine.applied_index == self.flushed
         self.reapply()
 
@@ -312,7 +320,7 @@ class OnMemory(Replica):
         """Another replica that applies every entry anew reaches the same state."""
         self.machine.close()
         self.path = self.new_path()
-        self.machine = Machine(self.open_storage, self.path)
+        self.machine = Machine(self.open_storage, self.path, RETENTION)
         self.flushed = 0
         self.reapply()
 

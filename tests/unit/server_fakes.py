@@ -84,6 +84,10 @@ class FakeMachine:
     def compaction_due(self) -> int | None:
         return self.compaction
 
+    @property
+    def size_bytes(self) -> int:
+        return 0
+
     def digest(self) -> str:
         return f"digest-{self.revision}"
 

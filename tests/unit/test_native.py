@@ -230,6 +230,32 @@ def test_past_the_cap_in_flight_the_socket_is_not_read_until_answers_go_out() ->
     assert [frame.id for frame in caller.frames] == list(range(1, total + 1))
 
 
+def test_past_its_rate_a_connection_waits_and_nothing_is_refused() -> None:
+    setup = Setup()
+    setup.door.rate = 100
+    caller, other = setup.connect(), setup.connect()
+    total = 1000
+    for request_id in range(1, total + 1):
+        caller.send(write(request_id))
+    began_s = setup.world.now_s
+    asked: list[int] = []
+    while len(asked) < total:
+        setup.world.advance(0.05)
+        while setup.node.asked:
+            asked.append(setup.node.asked[0][0].id)
+            setup.node.answer()
+        passed_s = setup.world.now_s - began_s
+        # What one read of the socket brought may overdraw the second's worth that there is at first.
+        assert len(asked) <= 100 + 100 * passed_s + total // 2
+        assert passed_s < 12
+    assert asked == list(range(1, total + 1))
+    assert setup.world.now_s - began_s > 4
+    assert setup.door.stats().throttled > 0
+    other.send(write(1))
+    setup.world.advance(0.05)
+    assert len(setup.node.asked) == 1, "the rate is each connection's own"
+
+
 def test_past_the_cap_of_bytes_in_flight_the_socket_is_not_read() -> None:
     setup = Setup()
     caller = setup.connect()

@@ -15,7 +15,7 @@ import pytest
 
 from kvstore import codec
 from kvstore.errors import InternalError, KvError, StartupError
-from kvstore.model import Add, Compact, CompactResult, OpenSession, Put, PutResult, Range, Txn
+from kvstore.model import Add, Compact, CompactResult, Delete, OpenSession, Put, PutResult, Range, Txn
 from kvstore.raft.fsm import Checkpoint, EntryKind, StateMachine
 from kvstore.state import layout, machine, mvcc
 from kvstore.state.machine import DATA, MEMBERS, NOOP, Machine
@@ -421,7 +421,7 @@ def test_compaction_frees_what_nobody_can_read(node: Node) -> None:
 
 
 def test_automatic_compaction_by_age(node: Node) -> None:
-    hour_ms = mvcc.HISTORY_AGE_MS
+    hour_ms = mvcc.Retention().age_ms
     node.apply(Put(b"a", b"1"), at_ms=hour_ms)
     node.apply(Put(b"a", b"2"), at_ms=hour_ms + hour_ms // 10)
     assert node.machine.compaction_due() is None
@@ -436,10 +436,10 @@ def test_automatic_compaction_by_age(node: Node) -> None:
     assert node.read(Range(b"a", revision=1)).records[0].value == b"1"
 
 
-@pytest.mark.parametrize("name", ["HISTORY_BATCHES", "HISTORY_BYTES"])
-def test_automatic_compaction_by_size(node: Node, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(mvcc, name, 320)
-    kept = 400 if name == "HISTORY_BATCHES" else 10
+@pytest.mark.parametrize("retention, kept", [(mvcc.Retention(batches=320), 400), (mvcc.Retention(size_bytes=320), 10)])
+def test_automatic_compaction_by_size(node: Node, retention: mvcc.Retention, kept: int) -> None:
+    node.machine.close()
+    node.machine = Machine(node.disk.open, "state", retention)
     revision = compactions = 0
     for number in range(1000):
         node.apply(Put(b"a", b"%d" % number))
@@ -457,6 +457,40 @@ def test_automatic_compaction_by_size(node: Node, monkeypatch: pytest.MonkeyPatc
 
 
 # --- reads ----------------------------------------------------------------------------------------------------------
+
+
+def test_its_size_is_counted(node: Node) -> None:
+    """Keys and packed records, whatever was written within one entry; the same after a restart, and where a state of
+    before it was counted is opened."""
+
+    def counted() -> int:
+        node.machine.flush()
+        return sum(len(key) - 1 + len(packed) for key, packed in node.disk.open("state", True).scan(b"k", b"l"))
+
+    node.apply(Put(b"a", b"1" * 100), Put(b"a", b"2"), Put(b"b", b"3" * 50), Add(b"n", 1))
+    node.apply(Put(b"b", b"longer" * 20), Delete(b"a"), Put(b"a", b""), Delete(b"n"), Put(b"gone", b""))
+    node.apply(Delete(b"gone"), Delete(b"never"))
+    described = node.machine.describe(False)
+    assert described["records_bytes"] == counted() == len(b"a") + len(b"b") + 2 * layout.HEADER_BYTES + 120
+    assert node.machine.size_bytes == int(described["records_bytes"]) + int(described["history_bytes"])
+    assert int(described["history_bytes"]) > 200
+    node.machine.close()
+    node.machine = Machine(node.disk.open, "state")
+    assert node.machine.describe(False) == described
+    node.apply(Compact(node.machine.revision))
+    assert node.machine.describe(False)["history_bytes"] == 0
+
+    node.machine.close()
+    storage = node.disk.open("state")
+    stored = storage.get(layout.M_POSITION)
+    assert stored is not None
+    batch = storage.batch()
+    batch.put(layout.M_POSITION, layout.encode(msgspec.to_builtins(layout.decode_position(stored))[:-1]))
+    storage.write(batch)
+    storage.flush()
+    storage.close()
+    node.machine = Machine(node.disk.open, "state")
+    assert node.machine.describe(False)["records_bytes"] == described["records_bytes"]
 
 
 def test_a_read_writes_nothing(node: Node) -> None:
