@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test lint sim mutants chaos watches bench bench-micro bench-deps clean
+.PHONY: help run test lint sim mutants chaos upgrade watches scale join bench bench-micro bench-deps clean
 
 help:
 	@echo "make run         start three store nodes and the services, place an order, lose the leader, place another"
@@ -14,7 +14,10 @@ help:
 	@echo "make sim         simulated clusters under faults: SEEDS=1000 is a campaign, SEED=123 replays one and tells its story"
 	@echo "make mutants     take the protections out one by one: which seed notices? Writes the table in docs/testing.md"
 	@echo "make chaos       faults on real nodes under load, and a report with a plot (MINUTES=20 SEED=1 choose how long and which)"
+	@echo "make upgrade     a rolling upgrade under load from an earlier commit (FROM=HEAD~1 chooses which)"
 	@echo "make watches     10,000 watches on 100 connections under 2,000 writes/s: complete, in order, within bounds"
+	@echo "make scale       5,000,000 records: memory of a node, rates beside those of 10,000, and how soon a killed node is back"
+	@echo "make join        a node joins three that hold 1 GB, under half of the load that they take: how long, and who notices"
 	@echo "make bench       the core benchmark beside its peers (BENCH='core --quick' chooses which)"
 	@echo "make bench-micro what the hot functions cost, one by one"
 	@echo "make bench-deps  install those peers: etcd, PostgreSQL, Redis, wrk (Debian packages; asks for root)"
@@ -77,9 +80,25 @@ chaos: $(VENV)/installed-to-test
 	@echo "python -m tests.chaos $(CHAOS)"
 	@$(BIN)/python -m tests.chaos $(CHAOS)
 
+# A rolling upgrade under load from another commit, whose nodes run from its own source.
+FROM ?= HEAD~1
+upgrade: $(VENV)/installed-to-test
+	@echo "From $(FROM) to this, one node after the other"
+	@rm -rf build/previous && mkdir -p build/previous && git archive $(FROM) kvstore | tar -x -C build/previous
+	@KVSTORE_PREVIOUS="$(CURDIR)/build/previous" $(BIN)/python -m pytest tests/cluster/test_upgrade.py
+
 watches: $(VENV)/installed-to-test
 	@echo "python -m bench watches"
 	@$(BIN)/python -m bench watches
+
+# SCALE='--records 100000 --restart-records 50000' and JOIN='--gigabytes 0.1' are smaller; --help lists the others.
+scale: $(VENV)/installed-to-test
+	@echo "python -m bench.scale $(SCALE)"
+	@$(BIN)/python -m bench.scale $(SCALE)
+
+join: $(VENV)/installed-to-test
+	@echo "python -m bench.join $(JOIN)"
+	@$(BIN)/python -m bench.join $(JOIN)
 
 BENCH ?= core
 bench: $(VENV)/installed-to-test
