@@ -1,19 +1,22 @@
 """The file of a backup: what a store held at one revision. Written by `kvstore backup`, read by `kvstore restore`.
 
-    magic                   b"kvstore backup 1\\n"
+    magic                   b"kvstore backup 2\\n"
     chunk*                  length and CRC32C (4 bytes each, big-endian), then msgpack, compressed with zlib
 
 Each chunk is one of the structs below: a `Header`, any number of `Records` in key order, the `Leases`, and an `End`,
 which has the counts, the digest of the records, and a SHA-256 of all bytes before it. So a file that was cut, or
 changed by a single byte anywhere, is refused, and nothing of it is believed before its end was seen.
 
-The digest is that of `kvstore verify`: hashes of pages of `DIGEST_RECORDS_MAX` records, hashed.
+The digest is that of `kvstore verify`: hashes of pages, hashed. A page ends with the record that makes it
+`DIGEST_RECORDS_MAX` records or `DIGEST_BYTES_MAX` bytes; in a file of format 1, which is read as well, records alone
+ended it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Union
@@ -23,11 +26,12 @@ import msgspec
 from msgspec import Struct
 
 from kvstore.errors import Refused
-from kvstore.model import DIGEST_RECORDS_MAX, Record
+from kvstore.model import DIGEST_BYTES_MAX, DIGEST_RECORDS_MAX, Record
 
-FORMAT = 1
+FORMAT = 2
 _MAGIC_STEM = b"kvstore backup "
 MAGIC = _MAGIC_STEM + b"%d\n" % FORMAT
+_MAGICS = frozenset(_MAGIC_STEM + b"%d\n" % format for format in range(1, FORMAT + 1))
 _FRAME = struct.Struct(">II")
 # A chunk of records is closed at about this size; one record may be larger than that by itself.
 CHUNK_BYTES = 1024 * 1024
@@ -84,14 +88,16 @@ _RECORD = struct.Struct(">BQQQQ")
 
 
 class RecordsHash:
-    """A hash over records in key order; equal for equal records, whoever computes it."""
+    """A hash over records in key order; equal for equal records, whoever computes it. `size_bytes` is of those."""
 
-    __slots__ = ("_hash",)
+    __slots__ = ("_hash", "size_bytes")
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
+        self.size_bytes = 0
 
     def add(self, key: bytes, packed: bytes) -> None:
+        self.size_bytes += len(key) + len(packed)
         self._hash.update(_FRAME.pack(len(key), len(packed)))
         self._hash.update(key)
         self._hash.update(packed)
@@ -101,9 +107,10 @@ class RecordsHash:
 
 
 class PagedHash:
-    """The digest of a whole store, record by record or page by page."""
+    """The digest of a whole store, record by record or page by page. `format`: of the file that it is for."""
 
-    def __init__(self) -> None:
+    def __init__(self, format: int = FORMAT) -> None:
+        self._page_bytes_max = DIGEST_BYTES_MAX if format > 1 else sys.maxsize
         self._whole = RecordsHash()
         self._page = RecordsHash()
         self._in_page = 0
@@ -112,7 +119,7 @@ class PagedHash:
     def add(self, record: Record) -> None:
         self._page.add(record.key, packed(record))
         self._in_page += 1
-        if self._in_page == DIGEST_RECORDS_MAX:
+        if self._in_page == DIGEST_RECORDS_MAX or self._page.size_bytes >= self._page_bytes_max:
             self._end_page()
 
     def add_page(self, digest: bytes, count: int) -> None:
@@ -190,7 +197,7 @@ def read_backup(file: BinaryIO) -> Iterator[Chunk]:
     `Refused`: `backup_damaged`, `backup_format_newer`."""
     sha = hashlib.sha256()
     magic = file.read(len(MAGIC))
-    if magic != MAGIC:
+    if magic not in _MAGICS:
         raise _no_backup(magic)
     sha.update(magic)
     offset = len(magic)
@@ -210,6 +217,7 @@ def read_backup(file: BinaryIO) -> Iterator[Chunk]:
         if isinstance(chunk, Header):
             if chunk.format > FORMAT:
                 raise _newer(chunk.format)
+            hashed = PagedHash(chunk.format)
             expected = (Records, Leases, End)
         elif isinstance(chunk, Leases):
             expected = (Leases, End)
@@ -246,8 +254,9 @@ def _decoded(body: bytes, offset: int) -> Chunk:
 
 
 def _no_backup(magic: bytes) -> Refused:
-    if magic.startswith(_MAGIC_STEM) and magic[len(_MAGIC_STEM) : -1].isdigit() and magic.endswith(b"\n"):
-        return _newer(int(magic[len(_MAGIC_STEM) : -1]))
+    number = magic[len(_MAGIC_STEM) : -1]
+    if magic.startswith(_MAGIC_STEM) and magic.endswith(b"\n") and number.isdigit() and int(number) > FORMAT:
+        return _newer(int(number))
     return Refused("this file is no backup of kvstore, or its beginning is damaged", code="backup_damaged")
 
 

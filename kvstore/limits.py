@@ -62,6 +62,8 @@ def check_read(request: model.Read, size_bytes: int) -> None:
             raise Refused(
                 f"a digest is of a revision, and of 1 to {model.DIGEST_RECORDS_MAX} records", code="invalid_request"
             )
+        if not 0 < request.limit_bytes <= model.DIGEST_BYTES_MAX:
+            raise Refused(f"a page of a digest has 1 to {model.DIGEST_BYTES_MAX} bytes", code="invalid_request")
         return
     check_mutation(request, size_bytes)
     if isinstance(request, Txn) and not is_read_only(request):

@@ -38,8 +38,8 @@ WATCH_WINDOW_BYTES_MIN, WATCH_WINDOW_BYTES_MAX = 64 * 1024, 16 * 1024 * 1024
 WALK_MAX = 100_000
 # How far beyond a page its `count` looks: enough for "more than a thousand", for a millisecond.
 COUNT_AHEAD_MAX = 1000
-# Where a page of a digest ends: with the record that makes it so many records, or so many bytes of them. A node reads
-# and hashes either in some 10 ms (1 us a record, 2 ms a MiB), and does nothing else meanwhile.
+# Where a page of a digest ends at the latest: with the record that makes it so many records, or so many bytes of them.
+# A node reads and hashes either in some 10 ms (1 us a record, 2 ms a MiB), and does nothing else meanwhile.
 DIGEST_RECORDS_MAX = 10_000
 DIGEST_BYTES_MAX = 4 * 1024 * 1024
 TXN_DEPTH_MAX = 8  # nested transactions; deeper ones would only hide how many operations there are
@@ -219,6 +219,12 @@ class ExpireLeases(Struct, array_like=True, forbid_unknown_fields=True, frozen=T
     """End leases whose time has passed in log time. Proposed by the leader, never by a client."""
 
 
+class RaiseVersion(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=28):
+    """From the leader itself: all members understand this version (see `versions.py`), so it may be used."""
+
+    version: int
+
+
 class DescribeLease(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=25):
     """A read: how long a lease has to live; `keys` asks for those of its records."""
 
@@ -235,12 +241,14 @@ class ListLeases(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
 
 class Digest(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=27):
     """A read: a hash over the first page of the records of `[start, end)` at a revision. The page ends with the record
-    that makes it `limit` records or `DIGEST_BYTES_MAX` bytes, so where it does is up to those records alone."""
+    that makes it `limit` records, or `limit_bytes` with their keys: where, is up to those records alone. (Who knows no
+    `limit_bytes` refuses it, rather than to end elsewhere.)"""
 
     start: bytes
     end: bytes
     revision: int
     limit: int
+    limit_bytes: int = DIGEST_BYTES_MAX
 
 
 Read = Union[Range, Txn, DescribeLease, ListLeases, Digest]
@@ -261,6 +269,7 @@ Mutation = Union[
     RevokeLease,
     KeepLease,
     ExpireLeases,
+    RaiseVersion,
 ]
 """What may stand in a log entry. (A Range stands there only inside a transaction that also writes, or when a client
 asks for its read to be ordered with its writes.)"""
@@ -418,7 +427,8 @@ class PeerStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
 
 class NodeStatus(Struct, array_like=True, frozen=True):
     """What one node says of itself. `leader` is empty where it knows none. `alarms`: "quota" while the store reached
-    its quota. `size_bytes`: records and kept history. Newer nodes may say more, at the end."""
+    its quota. `size_bytes`: records and kept history. `version`: of this node's program; `cluster_version`: see
+    `versions.py`. Newer nodes may say more, at the end."""
 
     name: str
     cluster_id: str
@@ -438,6 +448,7 @@ class NodeStatus(Struct, array_like=True, frozen=True):
     digest: str = ""
     alarms: tuple[str, ...] = ()
     size_bytes: int = 0
+    cluster_version: int = 1
 
 
 # --- what consensus and the state machine hand each other, beside bytes -----------------------------------------------

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from kvstore.cli.options import Connection, connection_options, output_option
 from kvstore.cli.text import print_json, print_table, progress
-from kvstore.client.backup import ReplicaDigest, back_up
+from kvstore.client.backup import Made, ReplicaDigest, back_up
 from kvstore.client.backup import verify as compare
 from kvstore.client.client import Client
 from kvstore.errors import Refused
 from kvstore.model import Member
 
-DIFFERS = 1
+DIFFERS, NOT_COMPARED = 1, 3
+# What clocks of machines may differ by without a word.
+_CLOCKS_DIFFER_S = 60
 
 
 @click.command()
@@ -27,26 +34,19 @@ DIFFERS = 1
 def backup(file: str, force: bool, output: str, connection: Connection) -> None:
     """Write all records and leases of a running cluster, as they are at one revision, to FILE.
 
-    The cluster goes on meanwhile. FILE is compressed and checksummed, and appears when it is complete. History before
-    that revision, sessions and members are not in it.
-    """
-    from kvstore.cli.serve import version
+    The cluster goes on meanwhile. FILE is compressed and checksummed, and appears when it is complete and on the disk.
+    Until then it grows under the name FILE.*.part, which may be deleted if the command was killed. History before that
+    revision, sessions and members are not in it. --timeout is for each page of records.
 
+    Exit code 0: FILE is complete. 1: it cannot be written, or the history of its revision was forgotten meanwhile. 2:
+    it is there already. 3: no node answers. But for 0, FILE is as it was, or the message says otherwise.
+    """
+    if not file or (os.path.exists(file) and not os.path.isfile(file)):
+        raise click.UsageError(f"FILE must be the name of a file, which {file!r} is not")
     if os.path.exists(file) and not force:
         raise click.UsageError(f"{file} is there already; choose another name, or pass --force")
-    partial = f"{file}.part"
-
-    try:
-        with open(partial, "wb") as opened, progress("records") as report:
-            made = connection.call(lambda client: back_up(client, opened, version(), report))
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(partial, file)
-    except OSError as error:
-        raise click.ClickException(f"cannot write {partial}: {error}") from error
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    made = _write(file, connection)
+    _sync_directory_of(file)
     end = made.end
     if output == "json":
         print_json(
@@ -64,6 +64,54 @@ def backup(file: str, force: bool, output: str, connection: Connection) -> None:
             f"{file}: {end.records} records and {end.leases} leases at revision {made.revision}, "
             f"{made.size_bytes} bytes, digest {end.digest.hex()}"
         )
+
+
+def _write(file: str, connection: Connection) -> Made:
+    """A backup under its name: whole, or not at all. Only its directory is not synced yet."""
+    from kvstore.cli.serve import version
+
+    # Two that write to one FILE at a time must not write into each other's.
+    partial = f"{file}.{secrets.token_hex(4)}.part"
+    try:
+        with open(partial, "xb") as opened, progress("records") as report:
+            made = connection.call(lambda client: back_up(client, opened, version(), report))
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(partial, file)
+    except BaseException as error:
+        try:
+            os.remove(partial)
+        except FileNotFoundError:
+            pass
+        except OSError as left:
+            click.echo(f"{partial} is incomplete and could not be removed ({left}); delete it", err=True)
+        if isinstance(error, OSError):
+            raise click.ClickException(f"cannot write {partial}: {error}; no backup was made") from error
+        raise
+    return made
+
+
+def _sync_directory_of(file: str) -> None:
+    from kvstore.env import SystemFiles
+
+    try:
+        SystemFiles().sync_dir(os.path.dirname(file))
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # some network file systems know no sync of a directory
+            return
+        raise click.ClickException(
+            f"{file} is complete, but its directory could not be synced ({error}): a power loss may undo that it is "
+            "there; see to the disk and make another"
+        ) from error
+
+
+@contextmanager
+def _disk_may_fail(what: str) -> Iterator[None]:
+    """What the disk refuses is no bug."""
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"cannot {what}: {error}") from error
 
 
 @click.command()
@@ -85,6 +133,10 @@ def restore(file: str, name: str, data_dir: str, peers: str | None, cluster_toke
     For several nodes run it on each, with the same FILE, --peers and --cluster-token, before any of them is started;
     then start them with `kvstore serve` without --peers. The cluster has a new id: nodes of the old one are refused.
 
+    Exit code 0: all of it is there, and on the disk. 1: FILE is damaged, or a disk failed. 2: wrong usage. 5: DATA_DIR
+    is not empty or in use, or no node can be of that name. But for 0, DATA_DIR is as it was and the command can be
+    repeated, or the message says what to remove first; the same where it was killed.
+
     \b
       kvstore restore shop.backup --name n1 --data-dir d1 --peers n1=127.0.0.1:7411/127.0.0.1:7421
       kvstore serve --name n1 --data-dir d1 --listen 127.0.0.1:7411 --client-listen 127.0.0.1:7421
@@ -95,11 +147,17 @@ def restore(file: str, name: str, data_dir: str, peers: str | None, cluster_toke
     from kvstore.state.storage import RocksStorage
 
     members = parse_peers(peers) if peers is not None else (Member(name, "", "", "", True),)
-    with open(file, "rb") as opened, progress("records") as report:
+    with _disk_may_fail(f"restore {file} to {data_dir}"), open(file, "rb") as opened, progress("records") as report:
         restored = offline.restore(
             SystemFiles(), SystemChance(), RocksStorage, opened, data_dir, name, members, cluster_token,
             lambda records: report(records, 0),
         )  # fmt: skip
+    ahead_s = restored.made_ms // 1000 - int(time.time())
+    if ahead_s > _CLOCKS_DIFFER_S:
+        click.echo(
+            f"warning: by this machine's clock the backup will be made in {ahead_s} s only; no lease ends before then",
+            err=True,
+        )
     if output == "json":
         print_json(
             {
@@ -122,10 +180,14 @@ def restore(file: str, name: str, data_dir: str, peers: str | None, cluster_toke
 @output_option
 @connection_options
 def verify(output: str, connection: Connection) -> int:
-    """Compare the records of all replicas at one revision. Exit code 1 if one differs, and since which revision.
+    """Compare the records of all replicas at one revision, and tell since which revision one differs.
 
     What the cluster's state is, is what most replicas hold. One that differs is damaged: remove it with `kvstore member
-    remove`, empty its data directory, and join it again. One that does not answer is told, and makes exit code 3.
+    remove`, empty its data directory, and join it again. Where as many hold one thing as another, all are said to
+    differ: then bring more replicas up, and verify again. --timeout is for each page of records.
+
+    Exit code 0: all members were compared, and are the same. 1: one differs. 3: all that were compared are the same,
+    but some were not: they do not answer, or have no client address.
     """
 
     async def look(client: Client) -> Any:
@@ -134,19 +196,29 @@ def verify(output: str, connection: Connection) -> int:
 
     verified = connection.call(look)
     if output == "json":
-        print_json({"revision": verified.revision, "replicas": [_plain(replica) for replica in verified.replicas]})
+        print_json(
+            {
+                "revision": verified.revision,
+                "agree": verified.agree,
+                "undecided": verified.undecided,
+                "replicas": [_plain(replica) for replica in verified.replicas],
+            }
+        )
     else:
         print_table(("node", "address", "records", "digest", "note"), [_row(replica) for replica in verified.replicas])
         same = "all replicas are the same" if verified.agree else "not all replicas are known to be the same"
         click.echo(f"{same} at revision {verified.revision}")
-    if any(replica.differs_since for replica in verified.replicas):
-        return DIFFERS
-    return 0 if verified.agree else 3
+        if verified.undecided:
+            click.echo("as many hold one thing as another: which of them is damaged cannot be told from these alone")
+    if verified.agree:
+        return 0
+    return DIFFERS if any(replica.differs for replica in verified.replicas) else NOT_COMPARED
 
 
 def _plain(replica: ReplicaDigest) -> dict[str, Any]:
     return {
         "name": replica.member.name,
+        "status": replica.status,
         "records": replica.count,
         "digest": replica.digest.hex(),
         "differs_since_revision": replica.differs_since or None,
@@ -155,10 +227,15 @@ def _plain(replica: ReplicaDigest) -> dict[str, Any]:
 
 
 def _row(replica: ReplicaDigest) -> tuple[str, ...]:
-    if replica.error is not None:
-        return (replica.member.name, replica.member.client_address, "", "", f"no answer: {replica.error.code}")
-    note = f"differs since revision {replica.differs_since}" if replica.differs_since else "the same"
-    return (replica.member.name, replica.member.client_address, str(replica.count), replica.digest.hex(), note)
+    member, error = replica.member, "" if replica.error is None else f": {replica.error.code}"
+    if replica.status == "same":
+        note = "the same"
+    elif replica.status == "differs":
+        since = f"since revision {replica.differs_since}" if replica.differs_since else "since when is not known"
+        note = f"differs {since}{error}"
+    else:
+        return (member.name, member.client_address, "", "", f"{replica.status}{error}")
+    return (member.name, member.client_address, str(replica.count), replica.digest.hex(), note)
 
 
 @click.command()
@@ -166,12 +243,16 @@ def _row(replica: ReplicaDigest) -> tuple[str, ...]:
 @click.option("--digest", is_flag=True, help="Also hash and count all records; takes time in proportion to them.")
 @output_option
 def inspect(data_dir: str, digest: bool, output: str) -> None:
-    """What the data directory of a stopped node holds: whose it is, its log, its state."""
+    """What the data directory of a stopped node holds: whose it is, its log, its state.
+
+    Exit code 0: done. 1: the disk failed. 5: it is no node's, a node runs on it, or it is damaged.
+    """
     from kvstore.env import SystemFiles
     from kvstore.server import offline
     from kvstore.state.storage import RocksStorage
 
-    found = offline.inspect(SystemFiles(), RocksStorage, data_dir, digest=digest)
+    with _disk_may_fail(f"inspect {data_dir}"), progress("looking"):
+        found = offline.inspect(SystemFiles(), RocksStorage, data_dir, digest=digest)
     if output == "json":
         print_json(found)
         return
@@ -203,6 +284,8 @@ def recover(data_dir: str, name: str, yes: bool, output: str) -> None:
     - Writes in this node's log that were never acknowledged count from now on.
     - The cluster gets a new id. Never start a node of the old one again: join new, empty ones with `kvstore join`.
     - If several nodes survive, take the one whose log goes furthest (`kvstore inspect`: last term, then last index).
+
+    Exit code 0: done. 1: not confirmed, or the disk failed. 5: it is no node's, another's, in use, or damaged.
     """
     from kvstore.env import SystemChance, SystemFiles
     from kvstore.server import offline
@@ -216,7 +299,8 @@ def recover(data_dir: str, name: str, yes: bool, output: str) -> None:
         typed = click.prompt(f"Type the node's name, {name}, to go on", err=True)
         if typed != name:
             raise Refused("not confirmed; nothing was changed")
-    recovered = offline.recover(SystemFiles(), SystemChance(), RocksStorage, data_dir, name)
+    with _disk_may_fail(f"recover {data_dir}"):
+        recovered = offline.recover(SystemFiles(), SystemChance(), RocksStorage, data_dir, name)
     if output == "json":
         print_json(
             {

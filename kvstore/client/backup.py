@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import BinaryIO
+from contextlib import suppress
+from typing import BinaryIO, Literal
 
 from msgspec import Struct
 
@@ -72,34 +74,66 @@ async def _leases(client: Client) -> dict[int, SavedLease]:
     return leases
 
 
+Status = Literal["same", "differs", "unreachable", "no client address"]
+
+
 class ReplicaDigest(Struct, frozen=True):
-    """One node's records at a revision. `differs_since` is the first revision at which they are not those of most
-    others, where that is known; 0 where they are the same."""
+    """One node's records at a revision, held against those of most others. `differs_since` is the first revision at
+    which they differ, as far as history goes back; 0 where that is not known. `error` is what kept us from asking."""
 
     member: Member
     digest: bytes = b""
     count: int = 0
+    differs: bool = False
     differs_since: int = 0
     error: KvError | None = None
 
+    @property
+    def status(self) -> Status:
+        if self.differs:
+            return "differs"
+        if self.error is not None:
+            return "unreachable"
+        return "same" if self.member.client_address else "no client address"
+
 
 class Verified(Struct, frozen=True):
+    """What each member holds. `undecided`: they differ, and no content is held by more than any other, so that none
+    can be told to be the damaged one; then every one that was compared `differs`."""
+
     revision: int
     replicas: tuple[ReplicaDigest, ...]
+    undecided: bool = False
 
     @property
     def agree(self) -> bool:
-        return all(replica.error is None and not replica.differs_since for replica in self.replicas)
+        """All members were compared, and are the same."""
+        return all(replica.status == "same" for replica in self.replicas)
+
+
+class _Page(Struct, frozen=True):
+    """What one `Digest` found. Equal pages one after another hold equal records."""
+
+    start: bytes
+    last: bytes
+    digest: bytes
+    count: int
+
+
+_Pages = tuple[_Page, ...]
 
 
 async def verify(client: Client, progress: Progress = lambda done, all: None) -> Verified:
-    """Compare the records of all replicas at one revision. Each reads its own, page by page, beside its other work."""
+    """Compare the records of all replicas at one revision. Each reads its own, page by page, beside its other work.
+    One that cannot be asked ends nothing: it is told. Raises `KvError` where no member can be asked for a revision."""
     counted = await client.range(prefix=b"", count_only=True)
     revision = counted.revision
-    members = [member for member in (await client.status()).members if member.client_address]
-    if not revision:
-        return Verified(0, tuple(ReplicaDigest(member, PagedHash().digest()) for member in members))
-    total = counted.count * len(members)
+    status = await client.status()
+    with suppress(KvError):  # one that is cut off may know of older members; the leader it names, of later ones
+        status = await client.status(status.leader_client_address)
+    members = status.members
+    asked = [member for member in members if member.client_address]
+    total = counted.count * len(asked)
     done = 0
 
     def page_done(count: int) -> None:
@@ -107,67 +141,92 @@ async def verify(client: Client, progress: Progress = lambda done, all: None) ->
         done += count
         progress(done, total)
 
-    found = await asyncio.gather(*(_pages(client, member, revision, page_done) for member in members))
-    whole = [pages for pages in found if not isinstance(pages, KvError)]
-    most = max(whole, key=whole.count, default=[])
-    replicas = []
-    for member, pages in zip(members, found, strict=True):
-        if isinstance(pages, KvError):
-            replicas.append(ReplicaDigest(member, error=pages))
-            continue
+    answers = await asyncio.gather(*(_replica(client, member, revision, page_done) for member in asked))
+    found = {member.name: answer for member, answer in zip(asked, answers, strict=True)}
+    # What is held, by how many; the most first.
+    held = Counter(pages for pages in found.values() if not isinstance(pages, KvError)).most_common()
+    undecided = len(held) > 1 and held[0][1] == held[1][1]
+
+    async def compared(member: Member) -> ReplicaDigest:
+        pages = found.get(member.name)
+        if pages is None or isinstance(pages, KvError):
+            return ReplicaDigest(member, error=pages)
         hashed = PagedHash()
-        for _, _, digest, count in pages:
-            hashed.add_page(digest, count)
-        since = 0 if pages == most else await _differs_since(client, members, found, member, revision)
-        replicas.append(ReplicaDigest(member, hashed.digest(), hashed.count, since))
-    return Verified(revision, tuple(replicas))
+        for page in pages:
+            hashed.add_page(page.digest, page.count)
+        if pages == held[0][0] and not undecided:
+            return ReplicaDigest(member, hashed.digest(), hashed.count)
+        theirs = held[1][0] if pages == held[0][0] else held[0][0]
+        others = [other for other in asked if found[other.name] == theirs]
+        since = await _differs_since(client, (member, pages), (others, theirs), revision)
+        error = since if isinstance(since, KvError) else None
+        known = 0 if isinstance(since, KvError) else since
+        return ReplicaDigest(member, hashed.digest(), hashed.count, True, known, error)
+
+    return Verified(revision, tuple([await compared(member) for member in members]), undecided)
 
 
-_Pages = list[tuple[bytes, bytes, bytes, int]]  # start, last key, digest, count
-
-
-async def _pages(client: Client, member: Member, revision: int, done: Callable[[int], None]) -> _Pages | KvError:
-    pages: _Pages = []
-    start = b""
+async def _replica(client: Client, member: Member, revision: int, done: Callable[[int], None]) -> _Pages | KvError:
     try:
-        while True:
-            page = await client.digest(start, revision=revision, address=member.client_address)
-            pages.append((start, page.last, page.digest, page.count))
-            done(page.count)
-            if not page.last:
-                return pages
-            start = key_after(page.last)
+        if revision:
+            return await _pages(client, member, revision, done=done)
+        # There is no digest of what was never written; but whether it answers is to be known.
+        await client.status(member.client_address)
+        return ()
     except KvError as error:
         return error
 
 
+async def _pages(
+    client: Client,
+    member: Member,
+    revision: int,
+    start: bytes = b"",
+    end: bytes = b"",
+    done: Callable[[int], None] = lambda count: None,
+) -> _Pages:
+    pages: list[_Page] = []
+    while True:
+        page = await client.digest(start, end, revision=revision, address=member.client_address)
+        pages.append(_Page(start, page.last, page.digest, page.count))
+        done(page.count)
+        start = key_after(page.last) if page.last else b""
+        if not start:  # there is nothing after the largest key of all either
+            return tuple(pages)
+
+
 async def _differs_since(
-    client: Client, members: list[Member], found: list[_Pages | KvError], member: Member, revision: int
-) -> int:
-    """The first revision, as far as history goes back, at which this replica's first page that differs does so."""
-    whole = [pages for pages in found if not isinstance(pages, KvError)]
-    most = max(whole, key=whole.count)
-    good = members[found.index(most)]
-    own = found[members.index(member)]
-    assert not isinstance(own, KvError)
-    at = next((n for n, (a, b) in enumerate(zip(own, most, strict=False)) if a != b), min(len(own), len(most)) - 1)
-    start = own[at][0]
-    ends = [pages[at][1] for pages in (own, most)]
-    end = key_after(max(ends)) if all(ends) else b""
+    client: Client, own: tuple[Member, _Pages], others: tuple[list[Member], _Pages], revision: int
+) -> int | KvError:
+    """The first revision, as far as history goes back, at which this replica's first page that differs does so from
+    the others', who are all the same. 0 if none of the others answers any more, the error if this one does not."""
+    member, good = own[0], list(others[0])
+    # Where their records differ, so may the ends of their pages, and with one end all pages after it: so it is the
+    # first one that counts, and the range of both. At an older revision that range may take several pages.
+    ours, theirs = next(pair for pair in zip(own[1], others[1], strict=False) if pair[0] != pair[1])
+    start = ours.start
+    end = key_after(max(ours.last, theirs.last)) if ours.last and theirs.last else b""
 
     async def differs(revision: int) -> bool:
-        theirs = await client.digest(start, end, revision=revision, address=good.client_address)
-        ours = await client.digest(start, end, revision=revision, address=member.client_address)
-        return theirs.digest != ours.digest
+        pages = await _pages(client, member, revision, start, end)
+        while True:
+            try:
+                return await _pages(client, good[0], revision, start, end) != pages
+            except KvError as error:
+                if error.code == "revision_compacted":
+                    raise
+                good.pop(0)
+                if not good:
+                    raise
 
     low, high = 1, revision
     while low < high:
         middle = (low + high) // 2
         try:
             later = not await differs(middle)
-        except Refused as error:
+        except KvError as error:
             if error.code != "revision_compacted":
-                raise
+                return error if good else 0
             later = True  # it is not known of revisions that are forgotten
         if later:
             low = middle + 1

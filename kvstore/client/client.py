@@ -408,14 +408,16 @@ class Client:
         *,
         revision: int,
         limit: int = model.DIGEST_RECORDS_MAX,
+        limit_bytes: int = model.DIGEST_BYTES_MAX,
         address: str = "",
         timeout: float | None = None,
     ) -> DigestResult:
-        """A hash over the first `limit` records of `[start, end)` (`b""`: no upper bound) as they were at a revision,
-        by the node at `address` (any, if empty). Equal on all replicas, or one of them is damaged."""
+        """A hash over the first records of `[start, end)` (`b""`: no upper bound), `limit` of them or as many as make
+        `limit_bytes`, as they were at a revision, by the node at `address` (any, if empty). Equal on all replicas, or
+        one of them is damaged. It goes on at `key_after(last)`, unless `last` is empty."""
         _check_bytes("start", start)
         _check_bytes("end", end)
-        request = model.Digest(start, end, revision, limit)
+        request = model.Digest(start, end, revision, limit, limit_bytes)
         level = codec.ReadLevel.LOCAL
         return _expect(await self._read(request, level, revision, timeout, Route.ANY, address), DigestResult)
 

@@ -19,6 +19,8 @@ from kvstore.errors import StartupError
 
 # 2: META has a checksum.
 DATA_FORMAT = 2
+# Stands in for the cluster's id in a directory that is being restored. It is none, so no node starts there.
+UNFINISHED = "unfinished-restore"
 # Names go into file names, engine ids and log lines.
 NAME_BYTES_MAX = 64
 # What consensus's log segments end in, after a number.
@@ -103,9 +105,15 @@ class DataDirectory:
         try:
             # Else power loss may take all of it; also what a process that was killed made and did not come to sync.
             # (The parent may be one that this process may not open, where somebody else made the directory for it.)
-            if not files.is_dir(path):
+            missing: list[str] = []
+            above = path
+            while not files.is_dir(above) and above != _parent(above):
+                missing.append(above)
+                above = _parent(above)
+            if missing:
                 files.make_dirs(path)
-                files.sync_dir(_parent(path))
+            for made in missing:
+                files.sync_dir(_parent(made))
             files.sync_dir(path)
             release = files.lock(f"{path}/LOCK")
         except OSError as error:
@@ -161,6 +169,12 @@ class DataDirectory:
             # New, or left by a first start that came to nothing. What that one left stays: its log may hold a vote
             # that others have counted.
             return
+        if recorded == UNFINISHED:
+            raise StartupError(
+                f"a restore to {self.path} was interrupted, and what it left is no node's data: remove META and state "
+                "from it, and restore again",
+                code="state_damaged",
+            )
         if recorded != cluster_id:
             raise StartupError(
                 f"{self.path} belongs to cluster {recorded}, not {cluster_id}: the initial member names or the "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+import msgspec
 from msgspec import Struct
 
 from kvstore import backup
@@ -18,7 +19,7 @@ from kvstore.raft.fsm import EntryKind
 from kvstore.raft.members import Configuration, newest_configuration
 from kvstore.raft.state_directory import StateDirectory
 from kvstore.raft.wal import Wal
-from kvstore.server.identity import DataDirectory, check_name, cluster_id
+from kvstore.server.identity import UNFINISHED, DataDirectory, Meta, check_name, cluster_id
 from kvstore.state.machine import Machine
 from kvstore.state.restore import FIRST_INDEX, FIRST_TERM, Restoring
 from kvstore.state.storage import OpenStorage
@@ -32,6 +33,7 @@ class Restored(Struct, frozen=True):
     records: int
     leases: int
     digest: bytes
+    made_ms: int
 
 
 def restore(
@@ -50,28 +52,28 @@ def restore(
     is a new one, so neither the old cluster's nodes nor clients that were told its id can mix with it.
 
     Raises `Refused` (`backup_damaged`, `backup_format_newer`), `StartupError` (`data_dir_not_empty`,
-    `data_dir_in_use`, …), OSError. Where it fails, the directory is empty again.
+    `data_dir_in_use`, …), OSError. Where it fails, the directory is empty again (but for `LOCK`, which is in nobody's
+    way), or the error says what to remove. On return all is durable.
+
+    A crash may end it anywhere, and must not leave what a node would start on. So the directory is claimed for no
+    cluster at all first, and for the new one once the state is durable; the log comes last, and without it no node
+    starts in a directory that is claimed.
     """
     check_name(name)
     if name not in {member.name for member in members}:
         raise StartupError(f"{name} is not among the members of the new cluster: {', '.join(m.name for m in members)}")
+    _check_empty(files, data_dir)  # before so much as a lock is left in a directory of somebody else's
     directory = DataDirectory(files, data_dir)
     try:
         _check_empty(files, data_dir)
-    except BaseException:
-        directory.close()
-        raise
-    try:
-        restored = _fill(files, open_storage, file, data_dir, members, token, progress)
-        wal = Wal.open(files, f"{data_dir}/wal", node_id=f"{chance.getrandbits(64):016x}")
-        wal.reset(FIRST_INDEX, FIRST_TERM)
-        wal.sync()
-        wal.close()
-        directory.claim(name, restored.cluster_id)
-    except BaseException:
-        for part in ("state", "wal"):
-            files.remove_tree(f"{data_dir}/{part}")
-        raise
+        try:
+            directory.claim_anew(name, UNFINISHED)
+            restored = _fill(files, open_storage, file, data_dir, members, token, progress)
+            directory.claim_anew(name, restored.cluster_id)
+            _begin_log(files, data_dir, node_id=f"{chance.getrandbits(64):016x}")
+        except BaseException as error:
+            _empty(files, data_dir, error)
+            raise
     finally:
         directory.close()
     return restored
@@ -79,11 +81,52 @@ def restore(
 
 def _check_empty(files: Files, data_dir: str) -> None:
     found = [entry for entry in files.list_dir(data_dir) if entry != "LOCK"]
-    if found:
+    if not found:
+        return
+    if _is_unfinished(files, data_dir) and set(found) <= {"META", "META.tmp", "state"}:
         raise StartupError(
-            f"{data_dir} is not empty ({', '.join(found[:4])}): restore into a new directory; nothing was changed",
+            f"{data_dir} holds what a restore left that was interrupted: remove {' and '.join(found)} from it, and "
+            "repeat; nothing was changed",
             code="data_dir_not_empty",
         )
+    raise StartupError(
+        f"{data_dir} is not empty ({', '.join(found[:4])}): restore into a new directory; nothing was changed",
+        code="data_dir_not_empty",
+    )
+
+
+def _is_unfinished(files: Files, data_dir: str) -> bool:
+    try:
+        meta = msgspec.json.decode(files.read(f"{data_dir}/META"), type=Meta)
+    except (OSError, ValueError):
+        return False
+    return meta.is_whole and meta.cluster_id == UNFINISHED
+
+
+def _begin_log(files: Files, data_dir: str, node_id: str) -> None:
+    wal = Wal.open(files, f"{data_dir}/wal", node_id=node_id)
+    try:
+        wal.reset(FIRST_INDEX, FIRST_TERM)
+        wal.sync()
+    finally:
+        wal.close()
+
+
+def _empty(files: Files, data_dir: str, why: BaseException) -> None:
+    """Undo a restore that failed: the log first, and last whose the directory is. Raises `StartupError`."""
+    try:
+        for part in ("wal", "state"):
+            files.remove_tree(f"{data_dir}/{part}")
+        files.sync_dir(data_dir)
+        for part in ("META.tmp", "META"):
+            if files.exists(f"{data_dir}/{part}"):
+                files.remove(f"{data_dir}/{part}")
+        files.sync_dir(data_dir)
+    except OSError as error:
+        raise StartupError(
+            f"the restore failed ({str(why) or type(why).__name__}), and what it made could not be removed ({error}): "
+            f"see to the disk, remove META, state and wal from {data_dir} where they are there, and repeat"
+        ) from why
 
 
 def _fill(
@@ -97,6 +140,8 @@ def _fill(
 ) -> Restored:
     storage = open_storage(StateDirectory(files, f"{data_dir}/state").current())
     try:
+        # RocksDB makes a directory, and syncs what it makes in there; but not that it is there.
+        files.sync_dir(f"{data_dir}/state")
         filling = Restoring(storage)
         header: backup.Header | None = None
         records = 0
@@ -115,7 +160,7 @@ def _fill(
                 filling.end(header.revision, header.made_ms, Configuration.of(members).encode())
                 names = [member.name for member in members]
                 new_id = cluster_id(names, f"{token} restored from {chunk.sha256.hex()}")
-                return Restored(new_id, header.revision, chunk.records, chunk.leases, chunk.digest)
+                return Restored(new_id, header.revision, chunk.records, chunk.leases, chunk.digest, header.made_ms)
     finally:
         storage.close()
     raise AssertionError("a backup ends with its end")

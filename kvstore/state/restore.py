@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvstore import versions
 from kvstore.backup import SavedLease
 from kvstore.model import Record
 from kvstore.state import layout
@@ -60,7 +61,7 @@ class Restoring:
         position = Position(FORMAT, FIRST_INDEX, FIRST_TERM, 0, revision, revision, log_time_ms, FIRST_INDEX + 1, epoch)
         self._batch.put(M_POSITION, layout.encode(position))
         self._batch.put(M_MEMBERS, members)
-        self._batch.put(M_FORMAT, b"%d" % FORMAT)
+        self._batch.put(M_FORMAT, b"%d" % versions.VERSION)
         self._write()
         self._storage.flush()
 

@@ -403,7 +403,7 @@ def read_digest(view: Overlay, request: model.Digest) -> bytes:
     for key, packed in pairs:
         hashed.add(key, packed)
         count += 1
-        if count == request.limit:
+        if count == request.limit or hashed.size_bytes >= request.limit_bytes:
             last = key
             break
     return _encode(model.DigestResult(revision, hashed.digest(), count, last))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
+import subprocess
 from pathlib import Path
 from random import Random
 
@@ -25,12 +27,16 @@ from kvstore.backup import (
 )
 from kvstore.client import backup as client_backup
 from kvstore.client.backup import back_up
+from kvstore.client.transaction import key_after
 from kvstore.embedded import NODE_NAME
 from kvstore.env import SystemChance, SystemFiles
 from kvstore.model import Member, Record
 from kvstore.server import offline
+from kvstore.server.identity import UNFINISHED, DataDirectory
 from kvstore.state.layout import record_of
-from kvstore.state.storage import RocksStorage
+from kvstore.state.machine import Machine
+from kvstore.state.storage import MemoryDisk, RocksStorage
+from tests.fake_files import FaultyFiles, Keep, Stopped, keep_everything, keep_nothing
 
 ALONE = (Member(NODE_NAME, "", "", "", True),)
 
@@ -38,7 +44,7 @@ ALONE = (Member(NODE_NAME, "", "", "", True),)
 def written(records: int = 50, leases: int = 3) -> bytes:
     file = io.BytesIO()
     writer = BackupWriter(file)
-    writer.header(Header(1, "cluster", 77, 1_700_000_000_000, "1.0"))
+    writer.header(Header(2, "cluster", 77, 1_700_000_000_000, "1.0"))
     for number in range(records):
         writer.record(Record(b"k%04d" % number, b"value %d" % number * 3, number + 1, number + 2, 2, number % 2))
     writer.leases(tuple(SavedLease(number + 1, 60_000, 1_000 * number) for number in range(leases)))
@@ -60,7 +66,7 @@ def code_of(data: bytes) -> str:
 
 def test_what_was_written_is_read() -> None:
     header, records, leases, end = read_backup(io.BytesIO(written()))
-    assert header == Header(1, "cluster", 77, 1_700_000_000_000, "1.0")
+    assert header == Header(2, "cluster", 77, 1_700_000_000_000, "1.0")
     assert isinstance(records, Records)
     assert len(records.records) == 50
     assert records.records[7] == Record(b"k0007", b"value 7value 7value 7", 8, 9, 2, 1)
@@ -73,7 +79,7 @@ def test_what_was_written_is_read() -> None:
 def test_many_tiny_records_make_chunks_that_can_be_read() -> None:
     file = io.BytesIO()
     writer = BackupWriter(file)
-    writer.header(Header(1, "c", 1, 1, ""))
+    writer.header(Header(2, "c", 1, 1, ""))
     for number in range(150_000):
         writer.record(Record(b"%08d" % number, b"", 2**40, 2**40, 2**40, 2**40))
     writer.leases(())
@@ -101,7 +107,7 @@ def test_chunks_that_are_whole_but_out_of_place_are_refused() -> None:
     assert code_of(whole[: len(whole) // 2] + other[len(whole) // 2 :]) == "backup_damaged"
     file = io.BytesIO()
     writer = BackupWriter(file)
-    writer.header(Header(1, "c", 1, 1, ""))
+    writer.header(Header(2, "c", 1, 1, ""))
     writer.record(Record(b"b", b"", 1, 1, 1))
     writer.record(Record(b"a", b"", 1, 1, 1))
     writer.leases(())
@@ -112,12 +118,38 @@ def test_chunks_that_are_whole_but_out_of_place_are_refused() -> None:
 
 def test_a_newer_format_is_named() -> None:
     whole = written()
-    assert code_of(whole.replace(b"backup 1\n", b"backup 2\n", 1)) == "backup_format_newer"
+    assert code_of(whole.replace(b"backup 2\n", b"backup 3\n", 1)) == "backup_format_newer"
+    assert code_of(whole.replace(b"backup 2\n", b"backup 0\n", 1)) == "backup_damaged"
     file = io.BytesIO()
     writer = BackupWriter(file)
     writer.header(Header(9, "c", 1, 1, ""))
     writer.end()
     assert code_of(file.getvalue()) == "backup_format_newer"
+
+
+def test_a_file_of_the_format_before_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, records alone ended the pages of its digest."""
+
+    def large(format: int) -> bytes:
+        file = io.BytesIO()
+        writer = BackupWriter(file)
+        writer.header(Header(format, "c", 1, 1, ""))
+        for number in range(9):
+            writer.record(Record(b"%d" % number, bytes(100), 1, 1, 1))
+        writer.leases(())
+        writer.end()
+        return file.getvalue()
+
+    monkeypatch.setattr("kvstore.backup.DIGEST_BYTES_MAX", 300)
+    new = large(2)
+    with monkeypatch.context() as before:
+        before.setattr("kvstore.backup.MAGIC", b"kvstore backup 1\n")
+        before.setattr("kvstore.backup.DIGEST_BYTES_MAX", 10**9)
+        old = large(1)
+    assert code_of(old) == code_of(new) == ""
+    assert code_of(new.replace(b"backup 2\n", b"backup 1\n", 1)) == "backup_damaged"
+    ends = [chunk for data in (old, new) for chunk in read_backup(io.BytesIO(data)) if isinstance(chunk, End)]
+    assert ends[0].digest != ends[1].digest
 
 
 def test_a_record_is_hashed_as_the_state_keeps_it() -> None:
@@ -201,6 +233,33 @@ async def test_a_backup_is_of_one_revision_while_others_write(tmp_path: Path) ->
         await asyncio.gather(*under_way)
 
 
+async def test_a_page_of_a_digest_is_bounded_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.backup.DIGEST_BYTES_MAX", 1000)
+    async with kvstore.open_embedded(tmp_path / "store") as kv:
+        for number in range(20):
+            await kv.put(b"%02d" % number, bytes(300))
+        for _ in range(2):  # the second time that is an older revision
+            first = await kv.digest(revision=20, limit_bytes=1000)
+            assert (first.count, first.last) == (3, b"02"), "of 335 bytes each"
+            for number in range(20):
+                await kv.put(b"%02d" % number, b"")
+        await kv.put(b"large", bytes(5000))
+        whole = PagedHash()
+        start, counts = b"", []
+        while not counts or start:
+            page = await kv.digest(start, revision=61, limit_bytes=1000)
+            whole.add_page(page.digest, page.count)
+            counts.append(page.count)
+            start = key_after(page.last) if page.last else b""
+        assert counts == [21, 0], "the last is larger than a page by itself"
+        for limit_bytes in (0, 4 * 1024 * 1024 + 1):
+            with pytest.raises(Refused, match="1 to 4194304 bytes"):
+                await kv.digest(revision=61, limit_bytes=limit_bytes)
+    made = await backed_up(tmp_path / "store", tmp_path / "file")
+    assert made.end.digest == whole.digest()
+    assert code_of((tmp_path / "file").read_bytes()) == ""
+
+
 async def test_digests_of_pages_and_of_revisions(tmp_path: Path) -> None:
     async with kvstore.open_embedded(tmp_path / "store", timeout_s=1.5) as kv:
         for number in range(20):
@@ -242,6 +301,112 @@ def test_what_cannot_be_restored_leaves_nothing(tmp_path: Path) -> None:
         assert not_empty.value.code == "data_dir_not_empty"
     with pytest.raises(StartupError, match="not among the members"):
         restored(tmp_path / "good", tmp_path / "other", name="somebody")
+    assert not (tmp_path / "LOCK").exists(), "a directory of somebody else's is as it was"
+
+
+class SyncedFiles(SystemFiles):
+    """Knows what was in each directory when it was last synced."""
+
+    def __init__(self) -> None:
+        self.synced: dict[str, list[str]] = {}
+
+    def sync_dir(self, path: str) -> None:
+        super().sync_dir(path)
+        self.synced[path] = self.list_dir(path)
+
+
+def test_all_that_was_restored_is_durable(tmp_path: Path) -> None:
+    files = SyncedFiles()
+    made = tmp_path / "made" / "with" / "it"
+    offline.restore(files, SystemChance(), RocksStorage, io.BytesIO(written()), str(made), NODE_NAME, ALONE, "token")
+    for path in (made, *made.parents, made / "wal", made / "state"):
+        assert files.synced[str(path)] == sorted(child.name for child in path.iterdir()), path
+        if path == tmp_path:
+            break
+    for part in ("wal", "state"):  # what is in state-0, RocksDB syncs by itself
+        assert files.synced[f"{made}/{part}"] == files.list_dir(f"{made}/{part}")
+    assert files.list_dir(f"{made}/state") == ["CURRENT", "state-0"]
+
+
+class FailingFiles(SystemFiles):
+    """Renames what it was to replace, the time that it is told to; and then cannot sync the directory."""
+
+    def __init__(self, fails_at: int, cannot_remove: bool = False) -> None:
+        self.replacements_left = fails_at
+        self.cannot_remove = cannot_remove
+
+    def replace(self, path: str, data: bytes) -> None:
+        super().replace(path, data)
+        self.replacements_left -= 1
+        if self.replacements_left == 0:
+            raise OSError(errno.EIO, "the directory cannot be synced")
+
+    def remove_tree(self, path: str) -> None:
+        if self.cannot_remove:
+            raise OSError(errno.EIO, "the disk is broken")
+        super().remove_tree(path)
+
+
+def test_a_restore_that_fails_can_be_repeated(tmp_path: Path) -> None:
+    data = written()
+
+    def restore(files: SystemFiles) -> None:
+        directory = str(tmp_path / "new")
+        offline.restore(files, SystemChance(), RocksStorage, io.BytesIO(data), directory, NODE_NAME, ALONE, "token")
+
+    for at in (1, 2, 3):  # META, the pointer to the state, META
+        with pytest.raises((OSError, StartupError), match="cannot be synced"):
+            restore(FailingFiles(at))
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["LOCK"]
+    with pytest.raises(StartupError, match=r"cannot be synced.*remove META, state and wal from .*/new"):
+        restore(FailingFiles(3, cannot_remove=True))
+    with pytest.raises(StartupError, match="is not empty"):
+        restore(SystemFiles())
+    for part in ("META", "state"):
+        subprocess.run(["rm", "-r", tmp_path / "new" / part], check=True)
+    restore(SystemFiles())
+
+
+@pytest.mark.parametrize("keep", [keep_nothing, keep_everything])
+def test_a_restore_that_a_power_loss_ends_leaves_nothing_to_start_on(keep: Keep) -> None:
+    data = written()
+    finished = False
+    stops = 0
+    while not finished:
+        files, disk = FaultyFiles(), MemoryDisk()
+        files.stop_after = stops
+        try:
+            offline.restore(files, SystemChance(), disk.open, io.BytesIO(data), "/data", NODE_NAME, ALONE, "token")
+            finished = True
+        except Stopped:
+            stops += 1
+        files.crash(keep)
+        disk.crash()
+        files.stop_after = None
+        machine = Machine(disk.open, "/data/state/state-0")
+        whole = machine.revision == 77
+        machine.close()
+        directory = DataDirectory(files, "/data")
+        cluster = directory.belongs_to(NODE_NAME)
+        if not cluster:
+            assert not whole, f"a new node would start on it: {stops}"
+        elif cluster == UNFINISHED:
+            with pytest.raises(StartupError, match="restore again"):
+                directory.check(NODE_NAME, cluster)
+        elif files.list_dir("/data/wal") not in ([], ["next.tmp"]):
+            directory.check(NODE_NAME, cluster)
+            assert whole, f"a node would start without it: {stops}"
+        else:
+            with pytest.raises(StartupError, match="the log is missing"):
+                directory.check(NODE_NAME, cluster)
+        assert finished <= (whole and cluster not in ("", UNFINISHED) and bool(files.list_dir("/data/wal")))
+        directory.close()
+        if not finished and cluster:
+            with pytest.raises(StartupError) as refused:
+                offline.restore(files, SystemChance(), disk.open, io.BytesIO(data), "/data", NODE_NAME, ALONE, "token")
+            assert refused.value.code == "data_dir_not_empty"
+            assert ("remove META" in refused.value.message) == (cluster == UNFINISHED)
+    assert stops > 20
 
 
 def test_nodes_restored_alike_are_of_one_cluster_and_others_are_not(tmp_path: Path) -> None:
