@@ -185,6 +185,24 @@ class WatchSuite(ClientSuite):
             assert (await take(slow, 1))[0].key == p + b"on"
         assert keys == [p + b"%04d" % number for number in range(count)]
 
+    async def test_many_watches_of_one_client_see_a_large_event(
+        self, kv: Client, kv_factory: KvFactory, p: bytes
+    ) -> None:
+        """Together they are sent more than a node leaves unread on one connection; it is not closed for that."""
+        writer = await kv_factory()
+        watches = [kv.watch(p + b"k") for _ in range(60)]
+        for watch in watches:
+            await watch.standing()
+        for size in (1000 * 1000, 1):
+            await writer.put(p + b"k", bytes(size))
+        served = {id(watch._stream._link and watch._stream._link.channel) for watch in watches}
+        async with asyncio.timeout(WITHIN_S):
+            for events in await asyncio.gather(*(take(watch, 2) for watch in watches)):
+                assert [event.record is not None and len(event.record.value) for event in events] == [1000 * 1000, 1]
+        assert {id(watch._stream._link and watch._stream._link.channel) for watch in watches} == served
+        for watch in watches:
+            await watch.close()
+
     async def test_a_transaction_larger_than_the_window_comes_whole(self, kv: Client, p: bytes) -> None:
         count, value = 40, bytes(100 * 1024)
         for number in range(count):

@@ -5,6 +5,8 @@
 
 Each who asks puts a key of its own under the lock's name, under a lease that it keeps alive. The key that was created
 first holds the lock; each other waits for the one right before it to go, so that an end wakes one waiter and not all.
+(Where the last few before it all gave up, it waits for the holder.) What a waiter reads is a few keys, however many
+wait; the store walks over all of them for it, of which there may be `WALK_MAX`.
 
 What this gives, and what it cannot:
 
@@ -22,13 +24,14 @@ What this gives, and what it cannot:
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kvstore.client.lease import Lease
 from kvstore.errors import KvError, Refused, Unavailable
-from kvstore.model import Compare, Put, Record, Relation, SortBy, Target
+from kvstore.model import Compare, Put, Range, RangeResult, Record, Relation, SortBy, Target, prefix_end
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
@@ -37,6 +40,10 @@ if TYPE_CHECKING:
 LOCK_TTL_S = 10.0
 # Where the keys of all locks and elections lie.
 LOCKS = b"_lock/"
+# So many of those right before it a waiter knows: waiters give up one by one, and the next is known when one does.
+_KNOWN_BEFORE = 8
+
+_log = logging.getLogger("kvstore")
 
 
 def lock_prefix(name: str | bytes) -> bytes:
@@ -60,6 +67,7 @@ class Lock:
         on_lost: Callable[[], object] | None,
     ) -> None:
         self._client = client
+        self._name = name
         self._prefix = lock_prefix(name)
         self._value = value
         self._ttl_s = ttl_s
@@ -111,7 +119,11 @@ class Lock:
         lease, self._lease = self._lease, None
         self.token = 0
         assert lease is not None
-        await lease.__aexit__(kind, error, trace)
+        try:
+            await lease.__aexit__(kind, error, trace)
+        except KvError as failed:
+            text = "lock %r could not be given up; it ends with its lease, within %g s: %s"
+            _log.warning(text, self._name, lease.ttl_s, failed)
 
     def _lost(self) -> None:
         if self.token and self._on_lost is not None:
@@ -121,24 +133,49 @@ class Lock:
         kv, loop = self._client, asyncio.get_running_loop()
         wait_until = None if self._wait_s is None else loop.time() + self._wait_s
         self.key = self._prefix + b"%016x" % lease.id
-        place = (await kv.txn(success=[Put(self.key, self._value, lease.id)])).revision
-        while True:
-            queue = await kv.range(prefix=self._prefix, keys_only=True, sort=SortBy.CREATE_REVISION)
-            if lease.lost or not any(record.key == self.key for record in queue.records):
-                raise Unavailable("the lease of this lock ended while it waited for its turn", code="lock_lost")
-            before = [record for record in queue.records if record.create_revision < place]
-            if not before:
-                self.token = place
-                return
+        put = Put(self.key, self._value, lease.id)
+        asked = await kv.txn(success=[self._queue(_KNOWN_BEFORE, newest_first=True), put])
+        place, revision = asked.revision, asked.revision
+        before = [record.key for record in _records(asked.results[0])]
+        while before:
             if wait_until is not None and loop.time() >= wait_until:
-                message = f"{len(before)} came before and hold or want this lock; waited {self._wait_s:g} s"
+                message = f"others came before, and hold or want this lock; waited {self._wait_s:g} s"
                 raise Unavailable(message, code="lock_held")
-            await self._gone(before[-1].key, queue.revision + 1, lease, wait_until)
+            await self._gone(before[0], revision + 1, lease, wait_until)
+            before, revision = await self._look(before, place)
+        if lease.lost:
+            raise _lost_in_line()
+        self.token = place
+
+    def _queue(self, limit: int, *, newest_first: bool = False) -> Range:
+        """The first (or last) of those who hold or want it, in the order in which they came."""
+        return Range(
+            self._prefix,
+            prefix_end(self._prefix),
+            limit=limit,
+            keys_only=True,
+            reverse=newest_first,
+            sort=SortBy.CREATE_REVISION,
+        )
+
+    async def _look(self, known: list[bytes], place: int) -> tuple[list[bytes], int]:
+        """Which of those that are known to have come before are left, the nearest first, and as of which revision. If
+        there are none, it is the one who is first now; if that is this one, nobody. Raises `lock_lost`."""
+        own = Range(self.key)
+        seen = await self._client.txn(success=[own, self._queue(1), *(Range(key, keys_only=True) for key in known)])
+        mine, first, *others = (_records(result) for result in seen.results)
+        if not mine or not first:
+            raise _lost_in_line()
+        if first[0].key == self.key:
+            return [], seen.revision
+        left = [record.key for records in others for record in records if record.create_revision < place]
+        return left or [first[0].key], seen.revision
 
     async def _gone(self, key: bytes, from_revision: int, lease: Lease, wait_until: float | None) -> None:
-        """Wait until a key goes, our own lease is not sure any more, or the time is over."""
+        """Wait until a key goes, our own lease is not sure any more, or the time is over. It may return early."""
         loop = asyncio.get_running_loop()
-        async with self._client.watch(key, from_revision=from_revision, puts=False) as watch:
+        watch = self._client.watch(key, from_revision=from_revision, puts=False)
+        try:
             while not lease.lost and (wait_until is None or loop.time() < wait_until):
                 until = loop.time() + lease.valid_for_s
                 try:
@@ -147,6 +184,21 @@ class Lock:
                     return
                 except TimeoutError:
                     continue
+                except KvError as error:
+                    if error.code != "revision_compacted":
+                        raise
+                    return  # it may have gone in what is forgotten
+        finally:
+            await watch.close()
+
+
+def _records(result: object) -> tuple[Record, ...]:
+    assert isinstance(result, RangeResult)
+    return result.records
+
+
+def _lost_in_line() -> Unavailable:
+    return Unavailable("the lease of this lock ended while it waited for its turn", code="lock_lost")
 
 
 class Election:

@@ -5,7 +5,8 @@ answered. One `SyncClient` serves all threads of a process: their calls share it
 
 The asyncio client runs on a loop in a thread of its own, which starts with the first call. After a fork (a server that
 loads the application and then forks its workers) the child starts its own at its first call, with a session of its own;
-what the parent had under way stays the parent's.
+what the parent had under way stays the parent's: a lock, lease, watch or transaction that was begun before the fork, or
+before the client was closed, raises `Unavailable(closed)` where it is used, and leaving it does nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import concurrent.futures
 import functools
 import itertools
 import os
+import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -38,24 +40,37 @@ class _Thread:
     """An event loop in a thread, and the client that lives on it."""
 
     def __init__(self, make_client: Callable[[], Client]) -> None:
-        self.pid = os.getpid()
-        self.loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._ending = False
+        # What is handed over after the end would wait for ever. Reentrant: the garbage collector may come in between.
+        self._submitting = threading.RLock()
         # A daemon: a program that forgets to close its client still ends.
-        self._thread = threading.Thread(target=self.loop.run_forever, name="kvstore-client", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-client", daemon=True)
         self._thread.start()
-        self.client = self.run(self._start(make_client))
+        try:
+            self.client = self.run(lambda: _started(make_client))
+        except BaseException:
+            self._stop()
+            raise
 
-    @staticmethod
-    async def _start(make_client: Callable[[], Client]) -> Client:
-        client = make_client()
-        await client.start()
-        return client
+    @property
+    def here(self) -> bool:
+        """It is this process's, and works."""
+        return not self._ending and self._pid == os.getpid()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        if threading.current_thread() is self._thread:
-            work.close()
+    @property
+    def is_current(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def check_not_current(self) -> None:
+        if self.is_current:
             raise RuntimeError("a callback of this client must not wait for the client; hand the work to a thread")
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def run(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Wait for `work` on the loop."""
+        self.check_not_current()
+        future = self.submit(work)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -64,11 +79,42 @@ class _Thread:
             future.cancel()
             raise
 
-    def stop(self) -> None:
-        self.run(_cancel_others())  # whose threads would wait for ever
-        self.loop.call_soon_threadsafe(self.loop.stop)
+    def submit(self, work: Callable[[], Awaitable[T]]) -> concurrent.futures.Future[T]:
+        if self._pid != os.getpid():
+            raise Unavailable("this was begun before the fork, and stays with the parent", code="closed")
+
+        async def awaited() -> T:
+            return await work()
+
+        with self._submitting:
+            if self._ending:
+                raise Unavailable("this client is closed", code="closed")
+            return asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+
+    def close(self) -> None:
+        """End the client, and then what runs here and whoever waits for it."""
+        try:
+            self.run(self.client.close)
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        with self._submitting:
+            self._ending = True
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self.loop.close()
+        self._loop.close()
+
+
+async def _started(make_client: Callable[[], Client]) -> Client:
+    client = make_client()
+    try:
+        await client.start()
+    except BaseException:
+        await client.close()
+        raise
+    return client
 
 
 async def _cancel_others() -> None:
@@ -93,17 +139,49 @@ def _iterating(
 ) -> Callable[Concatenate[SyncClient, P], Iterator[Item]]:
     @functools.wraps(method)
     def call(self: SyncClient, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Item]:
-        items = method(self._thread().client, *args, **kwargs)
-        try:
-            while True:
-                try:
-                    yield self._run(lambda _: anext(items))
-                except StopAsyncIteration:
-                    return
-        finally:
-            self._run(lambda _: _closed(items))
+        thread = self._thread()
+        yield from _each(thread, method(thread.client, *args, **kwargs))
 
     return call
+
+
+def _each(thread: _Thread, items: AsyncIterator[Item]) -> Iterator[Item]:
+    under_way: asyncio.Task[Any] | None = None
+
+    async def next_one() -> Item:
+        nonlocal under_way
+        under_way = asyncio.current_task()
+        return await anext(items)
+
+    async def closed() -> None:
+        if under_way is not None:  # cancelled by a Ctrl-C, and perhaps not out of it yet
+            await asyncio.wait([under_way])
+        close = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
+
+    try:
+        while True:
+            try:
+                yield thread.run(next_one)
+            except StopAsyncIteration:
+                return
+    finally:
+        _leave(thread, closed)
+
+
+def _leave(thread: _Thread, work: Callable[[], Awaitable[None]]) -> None:
+    """Do what ends something, unless its client is closed, and so all of it over."""
+    if not thread.here or sys.is_finalizing():  # daemon threads do not run any more when the interpreter ends
+        return
+    if thread.is_current:  # the garbage collector may end a forgotten generator anywhere
+        thread.submit(work)
+        return
+    try:
+        thread.run(work)
+    except Unavailable as error:
+        if error.code != "closed":
+            raise
 
 
 def _watching(method: Callable[Concatenate[Client, P], Watch]) -> Callable[Concatenate[SyncClient, P], SyncWatch]:
@@ -112,7 +190,8 @@ def _watching(method: Callable[Concatenate[Client, P], Watch]) -> Callable[Conca
         async def begin(client: Client) -> Watch:
             return method(client, *args, **kwargs)
 
-        return SyncWatch(self, self._run(begin))
+        thread = self._thread()
+        return SyncWatch(thread, thread.run(lambda: begin(thread.client)))
 
     return call
 
@@ -122,15 +201,9 @@ def _in_transaction(
 ) -> Callable[Concatenate[SyncTransaction, P], T]:
     @functools.wraps(method)
     def call(self: SyncTransaction, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._kv._run(lambda _: method(self._txn, *args, **kwargs))
+        return self._thread.run(lambda: method(self._txn, *args, **kwargs))
 
     return call
-
-
-async def _closed(items: AsyncIterator[Any]) -> None:
-    close = getattr(items, "aclose", None)
-    if close is not None:
-        await close()
 
 
 class SyncClient:
@@ -155,12 +228,13 @@ class SyncClient:
 
     def close(self) -> None:
         """Close the session, the connections and the thread. May be called twice."""
+        if self._running is not None:
+            self._running.check_not_current()
         with self._starting:
             self._closed = True
             running, self._running = self._running, None
-        if running is not None and running.pid == os.getpid():
-            running.run(running.client.close())
-            running.stop()
+        if running is not None and running.here:
+            running.close()
 
     @property
     def revision(self) -> int:
@@ -191,7 +265,8 @@ class SyncClient:
 
     def transaction(self, *, timeout: float | None = None) -> SyncTransaction:
         """As `Client.transaction`: `with kv.transaction() as txn: ...`."""
-        return SyncTransaction(self, self._thread().client.transaction(timeout=timeout))
+        thread = self._thread()
+        return SyncTransaction(thread, thread.client.transaction(timeout=timeout))
 
     def run_transaction(
         self,
@@ -214,7 +289,8 @@ class SyncClient:
 
     def lease(self, ttl_s: float, *, on_lost: Callable[[], object] | None = None) -> Held[Lease]:
         """As `Client.lease`: `with kv.lease(10) as lease: ...`. `on_lost` is called in another thread."""
-        return Held(self, self._thread().client.lease(ttl_s, on_lost=on_lost))
+        thread = self._thread()
+        return Held(thread, thread.client.lease(ttl_s, on_lost=on_lost))
 
     def lock(
         self,
@@ -225,11 +301,13 @@ class SyncClient:
         on_lost: Callable[[], object] | None = None,
     ) -> Held[Lock]:
         """As `Client.lock`: `with kv.lock("reports") as lock: ...`. `on_lost` is called in another thread."""
-        return Held(self, self._thread().client.lock(name, ttl_s=ttl_s, wait_s=wait_s, on_lost=on_lost))
+        thread = self._thread()
+        return Held(thread, thread.client.lock(name, ttl_s=ttl_s, wait_s=wait_s, on_lost=on_lost))
 
     def election(self, name: str | bytes) -> SyncElection:
         """As `Client.election`."""
-        return SyncElection(self, self._thread().client.election(name))
+        thread = self._thread()
+        return SyncElection(thread, thread.client.election(name))
 
     watch = _watching(Client.watch)
 
@@ -237,46 +315,58 @@ class SyncClient:
 
     def _thread(self) -> _Thread:
         running = self._running
-        if running is not None and running.pid == os.getpid():
+        if running is not None and running.here:
             return running
         with self._starting:
             if self._closed:
                 raise Unavailable("this client is closed", code="closed")
-            if self._running is None or self._running.pid != os.getpid():
+            if self._running is None or not self._running.here:
                 self._running = _Thread(self._make_client)
             return self._running
 
     def _run(self, use: Callable[[Client], Awaitable[T]]) -> T:
         thread = self._thread()
-
-        async def work() -> T:
-            return await use(thread.client)
-
-        return thread.run(work())
+        return thread.run(lambda: use(thread.client))
 
 
 class Held(Generic[T]):
     """A lease or a lock, for a `with` block."""
 
-    def __init__(self, kv: SyncClient, held: Any) -> None:
-        self._kv = kv
+    def __init__(self, thread: _Thread, held: Any) -> None:
+        self._thread = thread
         self._held = held
 
     def __enter__(self) -> T:
-        entered: T = self._kv._run(lambda _: self._held.__aenter__())
-        return entered
+        entered: list[T] = []
+
+        async def enter() -> T:
+            entered.append(await self._held.__aenter__())
+            return entered[0]
+
+        async def leave() -> None:
+            if entered:
+                await self._held.__aexit__(None, None, None)
+
+        try:
+            return self._thread.run(enter)
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C may come when it is held already, and nobody would leave it
+            if self._thread.here:
+                self._thread.submit(leave)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._kv._run(lambda _: self._held.__aexit__(kind, error, trace))
+        _leave(self._thread, lambda: self._held.__aexit__(kind, error, trace))
 
 
 class SyncElection:
     """As `Election`."""
 
-    def __init__(self, kv: SyncClient, election: Election) -> None:
-        self._kv = kv
+    def __init__(self, thread: _Thread, election: Election) -> None:
+        self._thread = thread
         self._election = election
 
     def campaign(
@@ -287,21 +377,21 @@ class SyncElection:
         wait_s: float | None = None,
         on_lost: Callable[[], object] | None = None,
     ) -> Held[Lock]:
-        return Held(self._kv, self._election.campaign(value, ttl_s=ttl_s, wait_s=wait_s, on_lost=on_lost))
+        return Held(self._thread, self._election.campaign(value, ttl_s=ttl_s, wait_s=wait_s, on_lost=on_lost))
 
     def leader(self, *, timeout: float | None = None) -> Record | None:
-        return self._kv._run(lambda _: self._election.leader(timeout=timeout))
+        return self._thread.run(lambda: self._election.leader(timeout=timeout))
 
 
 class SyncWatch:
     """As `Watch`: iterating blocks until something happens. `with` waits until it stands, and closes it."""
 
-    def __init__(self, kv: SyncClient, watch: Watch) -> None:
-        self._kv = kv
+    def __init__(self, thread: _Thread, watch: Watch) -> None:
+        self._thread = thread
         self._watch = watch
 
     def __enter__(self) -> SyncWatch:
-        self._kv._run(lambda _: self._watch.standing())
+        self._thread.run(self._watch.standing)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -311,13 +401,11 @@ class SyncWatch:
         return self
 
     def __next__(self) -> Event:
-        return self._kv._run(lambda _: anext(self._watch))
+        return self._thread.run(lambda: anext(self._watch))
 
     def revisions(self) -> Iterator[tuple[Event, ...]]:
         """The events of one revision at a time."""
-        revisions = self._watch.revisions()
-        while True:
-            yield self._kv._run(lambda _: anext(revisions))
+        yield from _each(self._thread, self._watch.revisions())
 
     @property
     def next_revision(self) -> int:
@@ -325,27 +413,31 @@ class SyncWatch:
         return self._watch.next_revision
 
     def close(self) -> None:
-        self._kv._run(lambda _: self._watch.close())
+        """End it. May be called twice."""
+        _leave(self._thread, self._watch.close)
 
 
 class SyncTransaction:
     """As `Transaction`: reads block, writes are noted until the block ends."""
 
-    def __init__(self, kv: SyncClient, txn: Transaction) -> None:
-        self._kv = kv
+    def __init__(self, thread: _Thread, txn: Transaction) -> None:
+        self._thread = thread
         self._txn = txn
         self.put = txn.put
         self.delete = txn.delete
         self.add = txn.add
 
     def __enter__(self) -> SyncTransaction:
-        self._kv._run(lambda _: self._txn.__aenter__())
+        self._thread.run(self._txn.__aenter__)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._kv._run(lambda _: self._txn.__aexit__(kind, error, trace))
+        if error is None:
+            self._thread.run(lambda: self._txn.__aexit__(kind, error, trace))
+        else:  # there is nothing to commit
+            _leave(self._thread, lambda: self._txn.__aexit__(kind, error, trace))
 
     @property
     def revision(self) -> int | None:

@@ -33,7 +33,7 @@ from kvstore.codec import (
     decode_result,
 )
 from kvstore.codec import Watch as WatchFrame
-from kvstore.errors import UNAVAILABLE_CODES, KvError, Unavailable, error_for
+from kvstore.errors import UNAVAILABLE_CODES, InternalError, KvError, Refused, Unavailable, error_for
 from kvstore.model import ErrorResult, Event
 
 # Some thousand small events: enough to keep a reader busy through a round trip, little enough for a thousand watches.
@@ -97,7 +97,8 @@ class Stream:
         """Return when something is ready, the stream has ended, or it knows more."""
         if self.ready or self.error is not None:
             return
-        assert self._waiter is None, "one task at a time reads a watch"
+        if self._waiter is not None:
+            raise RuntimeError("one task at a time reads a watch; have each open its own")
         self._waiter = self.loop.create_future()
         try:
             await self._waiter
@@ -248,13 +249,17 @@ class Stream:
         elif type(frame) is Failure:
             self._failed(frame.code, frame.message, frame.leader)
         elif type(frame) is Answer:
-            result = decode_result(frame.result)
+            try:
+                result = decode_result(frame.result)
+            except Refused as error:
+                self._nonsense(f"bytes that are no result: {error.message}")
+                return
             if isinstance(result, ErrorResult):
                 self._failed(result.code, result.message, "")
             else:
-                self._link.close(f"it answered a watch with {type(result).__name__}")
+                self._nonsense(type(result).__name__)
         else:
-            self._link.close(f"it answered a watch with {type(frame).__name__}")
+            self._nonsense(type(frame).__name__)
 
     def on_lost(self) -> None:
         if self._link is not None:
@@ -295,6 +300,13 @@ class Stream:
             self._again()
         else:
             self._end(error_for(code, message))
+
+    def _nonsense(self, what: str) -> None:
+        """This node knows the watch no more, and was not understood. It would answer so again: that is for people."""
+        link, self._link = self._link, None
+        assert link is not None
+        self._end(InternalError(f"{link.address} answered a watch with {what}; its version may not be this client's"))
+        link.close("it answered a watch with what is none of its answers")
 
 
 class Watch:

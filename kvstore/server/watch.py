@@ -5,8 +5,8 @@ A watch is a position in the store's history, and nothing else: no event is kept
 - **live**: it has everything; what is applied next is matched against all live watches at once, from memory.
 - **behind**: it has room, and history to read. One slice of history at a time is read for the watch that waited
   longest, and matched against all that are behind within it; who has it all goes live.
-- **parked**: it has no room, because its window is used up or its connection is congested. It waits for a credit, or
-  for the connection, and is then behind.
+- **parked**: it has no room, because its window is used up or its connection is full. It waits for a credit, or in
+  line for the connection, and is then behind.
 
 So a slow watch costs its place in a dict. It is cut off when the history that it needs next is compacted away
 (`revision_compacted`), and its connection is closed by the door if it reads nothing at all.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from enum import IntEnum
+from itertools import islice
 
 from intervaltree import IntervalTree
 from msgspec import Raw
@@ -37,6 +38,13 @@ WATCHES_PER_CONNECTION_MAX = 10_000
 WATCHES_MAX = 100_000
 # A frame is closed at this size: large enough to cost nothing per event, small enough that watches take turns.
 FRAME_BYTES = 64 * 1024
+# What a turn gathers for the watches of one connection before the rest of them wait for it. A window bounds one watch:
+# thousands that match one large event would together leave more unread than a door allows. So much makes a connection
+# congested at the native door, too.
+GATHERED_BYTES_MAX = 1024 * 1024
+# How many of those that wait for a connection go on at first: so many full frames are what it has room for. If all of
+# thousands did, all but a few would find it full again, each time. While they leave room, twice as many follow.
+ADMITTED_FIRST = GATHERED_BYTES_MAX // FRAME_BYTES
 # Changes in a slice of history, about: some 5 ms where many of them are asked for.
 SLICE_CHANGES = 512
 # How often each connection hears how far its watches are, so that one whose keys are quiet resumes from a revision
@@ -57,13 +65,20 @@ class _State(IntEnum):
 class _Connection:
     """An asker with watches."""
 
-    __slots__ = ("gate", "told_revision", "waits_for_room", "watches")
+    __slots__ = ("admits", "gate", "gathered_bytes", "line", "told_revision", "waits_for_room", "watches")
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
         self.watches: dict[int, _Watch] = {}
-        self.waits_for_room = False
+        self.gathered_bytes = 0  # for its watches, and not yet pushed
+        self.line: dict[_Watch, None] = {}  # parked with credit left: they wait for room, first come, first served
+        self.waits_for_room = False  # somebody will let the line on
+        self.admits = ADMITTED_FIRST
         self.told_revision = -1
+
+    @property
+    def has_room(self) -> bool:
+        return self.gathered_bytes < GATHERED_BYTES_MAX and not self.gate.congested
 
 
 class _Watch:
@@ -109,7 +124,7 @@ class _Watch:
 
     @property
     def has_room(self) -> bool:
-        return self.credit > self._pending_bytes and not self.connection.gate.congested
+        return self.credit > self._pending_bytes and self.connection.has_room
 
     def is_due(self, revision: int) -> bool:
         """Count one matching event of `revision`, which is not below `next`; True if it has not been sent."""
@@ -123,6 +138,7 @@ class _Watch:
             self.flush(self._pending_revision, more=self._pending_revision == revision)
         self._pending.append(Raw(event))
         self._pending_bytes += len(event)
+        self.connection.gathered_bytes += len(event)
         self._pending_revision = revision
         self.sent += 1
 
@@ -132,6 +148,7 @@ class _Watch:
             return
         size_bytes = self._pending_bytes
         self.credit -= size_bytes
+        self.connection.gathered_bytes -= size_bytes
         self.connection.gate.push(codec.RawWatchEvents(self.id, revision, self._pending, size_bytes, more))
         self._pending = []
         self._pending_bytes = 0
@@ -375,6 +392,7 @@ class WatchHub:
         self._count -= 1
         self._index.remove(watch)
         self._behind.pop(watch, None)
+        connection.line.pop(watch, None)
 
     def _end(self, watch: _Watch, error: KvError) -> None:
         self._remove(watch)
@@ -447,28 +465,48 @@ class WatchHub:
         self._behind.pop(watch, None)
         watch.flush(watch.next if watch.sent else watch.next - 1, more=watch.sent > 0)
         if watch.credit > 0:
+            watch.connection.line[watch] = None
             self._wait_for_room(watch.connection)
 
     def _wait_for_room(self, connection: _Connection) -> None:
-        def room() -> None:
-            connection.waits_for_room = False
-            for watch in tuple(connection.watches.values()):
-                self._resume(watch)
-
+        # Something was pushed to a connection that is full, or will be in this turn: its leaving makes room.
         if not connection.waits_for_room:
             connection.waits_for_room = True
-            connection.gate.postpone(room)
+            connection.admits = ADMITTED_FIRST
+            connection.gate.postpone(lambda: self._admit(connection))
 
     def _resume(self, watch: _Watch) -> None:
-        if watch.state is not _State.PARKED or watch.credit <= 0:
-            return
-        if watch.connection.gate.congested:
-            self._wait_for_room(watch.connection)
-            return
-        watch.state = _State.BEHIND
-        watch.seen = 0
-        self._behind[watch] = None
+        """It has got credit."""
+        connection = watch.connection
+        if watch.state is _State.PARKED and watch.credit > 0:
+            connection.line[watch] = None
+            if not connection.waits_for_room:
+                self._let_on(connection)
+
+    def _let_on(self, connection: _Connection) -> None:
+        """Nobody is about to let its line on."""
+        if connection.has_room:
+            self._admit(connection)
+        else:
+            self._wait_for_room(connection)
+
+    def _admit(self, connection: _Connection) -> None:
+        """There is room: the first in line read on, and the others after them."""
+        for watch in tuple(islice(connection.line, connection.admits)):
+            del connection.line[watch]
+            watch.state = _State.BEHIND
+            watch.seen = 0
+            self._behind[watch] = None
         self._schedule()
+        connection.waits_for_room = bool(connection.line)
+        connection.admits = 2 * connection.admits if connection.line else ADMITTED_FIRST
+        if connection.line:
+            self._env.scheduler.call_soon(self._after_the_first, connection)
+
+    def _after_the_first(self, connection: _Connection) -> None:
+        connection.waits_for_room = False
+        if connection.line:
+            self._let_on(connection)
 
     # --- catching up --------------------------------------------------------------------------------------------------
 

@@ -188,6 +188,28 @@ def test_a_forked_child_has_connections_and_a_session_of_its_own(kv: SyncClient,
     assert kv.add(p + b"n", 1).value == 22
 
 
+def test_a_child_that_is_forked_in_a_block_takes_nothing_from_the_parent(kv: SyncClient, p: bytes) -> None:
+    kv.put(p + b"a", b"")
+    held = kv.lock(p)
+    with held as lock, kv.watch(prefix=p) as watch:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with kv.lock(p + b"child"):
+                    next(watch)
+            except Unavailable as error:
+                watch.close()
+                held.__exit__(None, None, None)
+                kv.close()
+                status = 0 if error.code == "closed" else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert kv.txn(compare=[lock.held], success=[Put(p + b"a", b"mine")]).succeeded
+        assert next(watch).key == p + b"a"
+
+
 def test_a_script_that_closes_nothing_ends(endpoints: str, tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -11,9 +11,10 @@ import pytest
 from msgspec import Raw
 
 from kvstore import codec
+from kvstore.client.sinks import Sinks
 from kvstore.client.watch import WINDOW_BYTES, Stream, Watch, What
-from kvstore.errors import KvError
-from kvstore.model import ErrorResult, Event, Record
+from kvstore.errors import InternalError, KvError
+from kvstore.model import DoneResult, ErrorResult, Event, Record
 from tests.fake_network import VirtualTime
 from tests.simulation.loop import VirtualLoop
 
@@ -199,6 +200,43 @@ def test_a_refusal_ends_it() -> None:
     setup.stream.on_frame(codec.Answer(setup.asked.id, result))
     assert setup.stream.error is not None
     assert setup.stream.error.code == "revision_compacted"
+
+
+@pytest.mark.parametrize("stood", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        codec.AdminAnswer(1, ()),
+        codec.Welcome(1, codec.PROTOCOL_VERSION, "c", "n1", ""),
+        codec.Answer(1, Raw(codec.encode_result(DoneResult(3)))),
+        codec.Answer(1, Raw(b"\xc1")),
+    ],
+)
+async def test_an_answer_that_is_none_ends_it(stood: bool, answer: codec.ServerFrame) -> None:
+    setup = Setup()
+    sinks = Sinks()
+    sinks.add(setup.asked, setup.stream)
+    if stood:
+        sinks.deliver(codec.Watching(1, 7))
+    sinks.deliver(answer)
+    assert setup.links[0].closed
+    setup.time.advance(10 * TIMEOUT_S)
+    with pytest.raises(InternalError, match="n1 answered a watch with"):
+        await anext(Watch(setup.stream, False))
+    assert setup.parked == []
+
+
+@pytest.mark.parametrize("code", ["of_a_newer_version", "internal", "outcome_unknown", "wrong_cluster"])
+@pytest.mark.parametrize("stood", [False, True])
+async def test_a_code_that_it_does_not_expect_ends_it(stood: bool, code: str) -> None:
+    setup = Setup()
+    if stood:
+        setup.stand(7)
+    setup.stream.on_frame(codec.Failure(setup.asked.id, code, "because"))
+    setup.time.advance(10 * TIMEOUT_S)
+    with pytest.raises(KvError, match="because") as caught:
+        await anext(Watch(setup.stream, False))
+    assert caught.value.code == code
 
 
 def test_only_a_first_request_may_wait_for_the_future() -> None:

@@ -11,8 +11,10 @@ import pytest
 from kvstore import codec, model
 from kvstore.errors import KvError, Unavailable
 from kvstore.model import Compact, Delete, Put, Txn, prefix_end
+from kvstore.server import native
 from kvstore.server import watch as hub_module
 from kvstore.server.watch import LEADERLESS_S, PROGRESS_S, WatchHub
+from kvstore.state.feed import Changed
 from kvstore.state.machine import DATA, Machine
 from kvstore.state.storage import MemoryDisk
 from tests.state_model import entry
@@ -56,6 +58,26 @@ class Asker:
             return frame.id, result.code
         assert isinstance(frame, codec.Failure)
         return frame.id, frame.code
+
+
+class SlowAsker(Asker):
+    """One with a door in front: congested past a MiB, and closed past `native.UNREAD_BYTES_MAX`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread_bytes = 0
+        self.most_unread_bytes = 0
+
+    def push(self, frame: codec.SentFrame) -> None:
+        super().push(frame)
+        self.unread_bytes += len(codec.encode_frame(frame))
+        self.most_unread_bytes = max(self.most_unread_bytes, self.unread_bytes)
+        self.congested = self.unread_bytes > native.CONGESTED_BYTES
+
+    def read_all(self) -> None:
+        self.unread_bytes, self.congested = 0, False
+        while self.postponed and not self.congested:
+            self.postponed.pop(0)()
 
 
 class Setup:
@@ -237,6 +259,79 @@ def test_a_congested_connection_parks_its_watches(setup: Setup) -> None:
     setup.world.turn()
     setup.put(b"k")
     assert setup.asker.seen(1) == setup.asker.seen(2) == [(1, b"k"), (2, b"k"), (3, b"k")]
+
+
+def test_many_watches_of_one_connection_take_turns_with_large_events(setup: Setup) -> None:
+    """Each has room in its own window; together they would leave 100 MiB unread."""
+    slow, other = SlowAsker(), Asker()
+    numbers = range(1, 101)
+    for number in numbers:
+        setup.watch(number, b"k", None, asker=slow, window=model.WATCH_WINDOW_BYTES_MAX)
+    setup.watch(1, b"k", None, asker=other, window=model.WATCH_WINDOW_BYTES_MAX)
+    for _ in range(2):
+        setup.apply(Put(b"k", bytes(512 * 1024)))
+    assert [revision for revision, _ in other.seen(1)] == [1, 2], "nobody else notices"
+    assert setup.hub.lagging > 90
+    # A quiet connection costs nothing: nobody looks whether there is room.
+    setup.world.advance(10 * PROGRESS_S)
+    assert sum(len(slow.seen(number)) for number in numbers) <= 4
+    rounds = 0
+    while setup.hub.lagging:
+        slow.read_all()
+        setup.world.turn()
+        rounds += 1
+        assert rounds < 200, "it goes on as it drains"
+        setup.put(b"k")
+    for number in numbers:
+        assert [revision for revision, _ in slow.seen(number)] == list(range(1, setup.machine.revision + 1))
+    assert slow.most_unread_bytes < 4 * 1024 * 1024 < native.UNREAD_BYTES_MAX
+    assert slow.postponed == []
+
+
+def test_few_of_those_in_line_look_for_room_at_once(setup: Setup) -> None:
+    """Else a connection with thousands of watches costs the square of their number."""
+    slow = SlowAsker()
+    for number in range(1, 1001):
+        setup.watch(number, b"k", None, asker=slow, window=model.WATCH_WINDOW_BYTES_MAX)
+    setup.apply(Put(b"k", bytes(512 * 1024)))
+    assert setup.hub.lagging == 998
+    looked = 0
+    while setup.hub.lagging > 900:
+        slow.read_all()
+        looked += len(setup.hub._behind)
+        setup.world.turn()
+    assert looked <= 100 / 2 * hub_module.ADMITTED_FIRST
+    # Who ends or leaves while it waits is not served.
+    for number in range(1, 1001):
+        setup.hub.cancel(codec.WatchCancel(number), slow)
+    setup.watch(1, b"k", None, asker=slow, window=model.WATCH_WINDOW_BYTES_MAX)
+    slow.read_all()
+    setup.world.turn()
+    setup.put(b"k")
+    assert slow.seen(1)[-1] == (2, b"k")
+    assert setup.hub.count == 1
+
+
+def test_those_in_line_for_little_are_served_by_few_reads(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 5001):
+        setup.watch(number, b"k", None)
+    setup.asker.congested = True
+    setup.put(b"k")
+    reads = 0
+    read_changes = Machine.read_changes
+
+    def counted(machine: Machine, first: int, most: int) -> tuple[list[Changed], int]:
+        nonlocal reads
+        reads += 1
+        return read_changes(machine, first, most)
+
+    monkeypatch.setattr(Machine, "read_changes", counted)
+    setup.asker.relieve()
+    setup.world.turn()
+    assert setup.hub.lagging == 0
+    assert reads < 12
+    frames = [frame for frame in setup.asker.sent if isinstance(frame, codec.WatchEvents)]
+    assert [frame.id for frame in frames] == list(range(1, 5001)), "first come, first served"
 
 
 def test_parked_in_the_middle_of_a_transaction(setup: Setup) -> None:
