@@ -24,7 +24,6 @@ from msgspec import Raw, Struct
 from kvstore import model
 from kvstore.errors import Refused
 
-BATCH_FORMAT = 1
 PROTOCOL_VERSION = 1
 # An event with the largest record there is and the one that it replaced, their keys, and what a frame adds: nothing
 # that either side sends is larger.
@@ -45,7 +44,9 @@ class BatchItem(Struct, array_like=True, forbid_unknown_fields=True, frozen=True
 
 
 class Batch(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    format: int
+    """`version`: who knows less cannot apply it (see `versions.py`)."""
+
+    version: int
     log_time_ms: int
     items: tuple[BatchItem, ...]
 
@@ -60,7 +61,7 @@ class RawBatchItem(Struct, array_like=True, forbid_unknown_fields=True, frozen=T
 
 
 class RawBatch(Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    format: int
+    version: int
     log_time_ms: int
     items: list[RawBatchItem]
 
@@ -331,8 +332,8 @@ def decode_events(events: list[Raw]) -> tuple[model.Event, ...]:
     return tuple(_decode(_event_decoder, event, "event", "malformed_frame") for event in events)
 
 
-def encode_batch(log_time_ms: int, items: list[RawBatchItem]) -> bytes:
-    return _encoder.encode(RawBatch(BATCH_FORMAT, log_time_ms, items))
+def encode_batch(log_time_ms: int, items: list[RawBatchItem], version: int = 1) -> bytes:
+    return _encoder.encode(RawBatch(version, log_time_ms, items))
 
 
 def decode_batch(data: Buffer) -> Batch:

@@ -125,6 +125,7 @@ UNAVAILABLE_CODES = frozenset(
         "closed",
         "lock_held",  # by others, for as long as this one would wait
         "lock_lost",  # its lease ended
+        "upgrade_pending",  # a feature that not all members understand yet
     }
 )
 UNKNOWN_CODES = frozenset({"outcome_unknown"})

@@ -14,7 +14,7 @@ from kvstore.model import Member, PeerStatus
 class RaftConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`members` is the configuration to begin with, where neither state nor log holds one: of a new cluster, or, for a
     node that joins, the cluster's present one. An empty `listen_address` opens no listener: a cluster of one. Times
-    in milliseconds."""
+    in milliseconds. `version` is what the state machine here understands; the other nodes are told."""
 
     name: str
     cluster_id: str
@@ -25,10 +25,12 @@ class RaftConfig(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_ms: int = 100
     election_min_ms: int = 500
     election_max_ms: int = 1000
+    version: int = 1
 
 
 class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`role` is leader, candidate, follower, learner, removed or failed. `storage_error` says what failed."""
+    """`role` is leader, candidate, follower, learner, removed or failed. `storage_error` says what failed.
+    `common_version` is what all members understand, as far as this node has heard from them; else 0."""
 
     role: str
     leader: str
@@ -39,6 +41,7 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     durable_index: int
     peers: tuple[PeerStatus, ...]
     storage_error: str
+    common_version: int
     dropped: Mapping[str, int]
 
 

@@ -74,7 +74,7 @@ class Identity(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Who a node is: the cluster's id, its name in it, the random id of its data directory, and where it is reached
     (by peers, and by clients): a node whose log is behind learns there how to answer a member that it does not know.
     `member_at` is a place (term, index) of the log at which it is a member under this name and id, as its own log or
-    state says; (0, 0) where they do not."""
+    state says; (0, 0) where they do not. `version` is what its state machine understands."""
 
     cluster_id: str
     name: str
@@ -82,6 +82,7 @@ class Identity(msgspec.Struct, array_like=True, frozen=True, gc=False):
     peer_address: str = ""
     client_address: str = ""
     member_at: tuple[int, int] = (0, 0)
+    version: int = 1
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True, gc=False):

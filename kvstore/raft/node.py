@@ -273,6 +273,7 @@ class RaftNode:
                 if member.name != self.config.name
             ),
             storage_error=self._failure.message if self._failure else "",
+            common_version=self._roster.common_version,
             dropped=dict(self._guard.dropped),
         )
 

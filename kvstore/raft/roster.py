@@ -21,18 +21,21 @@ from kvstore.raft.transport import Identity
 def own_identity(config: RaftConfig, node_id: str) -> Identity:
     """What this node says of itself."""
     peer_address = config.peer_address or config.listen_address
-    return Identity(config.cluster_id, config.name, node_id, peer_address, config.client_address)
+    return Identity(
+        config.cluster_id, config.name, node_id, peer_address, config.client_address, version=config.version
+    )
 
 
 class Roster:
     """Bounded by those who know the cluster id, which is a secret; it is forgotten at a restart."""
 
-    __slots__ = ("_member_at", "_members", "_members_at", "own", "seen")
+    __slots__ = ("_member_at", "_members", "_members_at", "_versions", "own", "seen")
 
     def __init__(self, own: Identity) -> None:
         self.own = own
         self.seen: dict[str, Member] = {}
         self._member_at: dict[str, tuple[int, int]] = {}  # of those that were seen
+        self._versions: dict[str, int] = {}  # of those too
         self._members = Configuration()
         self._members_at = (0, 0)
         self.note(own)
@@ -64,7 +67,13 @@ class Roster:
         news = self.seen.get(identity.name) != said
         self.seen[identity.name] = said
         self._member_at[identity.name] = identity.member_at
+        self._versions[identity.name] = identity.version
         return news
+
+    @property
+    def common_version(self) -> int:
+        """What all members understand, by what they last said; 0 where one was not heard yet."""
+        return min((self._versions.get(member.name, 0) for member in self._members.members), default=0)
 
     def addresses(self) -> dict[str, str]:
         """Where to dial every other node: what it last said itself, the configuration's until then."""

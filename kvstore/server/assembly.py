@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from kvstore import versions
 from kvstore.env import Environment
 from kvstore.raft.config import RaftConfig
 from kvstore.raft.node import RaftNode
@@ -29,6 +30,7 @@ def build_node(
             heartbeat_ms=options.heartbeat_ms,
             election_min_ms=options.election_min_ms,
             election_max_ms=options.election_max_ms,
+            version=versions.VERSION,
         )
         return cast(
             Raft, RaftNode(config, env, data_dir, lambda path: Machine(open_storage, path, options.retention), log)

@@ -24,7 +24,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from kvstore import codec
+from kvstore import codec, versions
 from kvstore.env import Environment, Timer
 from kvstore.errors import KvError, Unavailable
 from kvstore.meters import Meter
@@ -96,6 +96,8 @@ class Batcher:
         self.commit_times = Meter()
         """From proposing an entry to its answers, however it ended."""
         self.proposed_entries = self.proposed_requests = 0
+        self.entry_version = versions.FIRST
+        """The cluster's version: what new entries carry."""
 
     @property
     def waiting(self) -> int:
@@ -174,7 +176,7 @@ class Batcher:
         self._press()
 
     def _propose(self, entry: _Entry) -> None:
-        payload = codec.encode_batch(self._log_clock.stamp(), entry.items)
+        payload = codec.encode_batch(self._log_clock.stamp(), entry.items, self.entry_version)
         entry.items = []
         self._in_flight += 1
         waiters = entry.waiters

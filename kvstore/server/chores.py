@@ -1,7 +1,9 @@
-"""What the leader does unasked: end sessions and leases whose time has passed, and compact history.
+"""What the leader does unasked: end sessions and leases whose time has passed, compact history, and raise the cluster's
+version once all members understand a newer one.
 
 All are log entries like any other, so every node does the same at the same place; here stands only when to propose
-them. Looked at once a second, on the leader only, and at most one of each is under way.
+them. Looked at once a second, on the leader only, and at most one of each is under way; ten times a second while the
+cluster is not at this node's version, so that a new cluster soon is.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from collections.abc import Callable
 
 from msgspec import Raw
 
-from kvstore import codec, model
+from kvstore import codec, model, versions
 from kvstore.env import Environment, Timer
 from kvstore.server.batcher import Batcher
 from kvstore.server.log_clock import LogClock
-from kvstore.server.ports import Log, Machine, Proposer
+from kvstore.server.ports import Log, Machine, Raft
 
 # A session or lease may outlive its time by this much; looking costs microseconds.
 _INTERVAL_S = 1.0
+_UPGRADE_INTERVAL_S = 0.1
 
 _EXPIRE_SESSIONS = Raw(codec.encode_request(model.ExpireSessions()))
 _EXPIRE_LEASES = Raw(codec.encode_request(model.ExpireLeases()))
@@ -27,7 +30,7 @@ class Chores:
     def __init__(
         self,
         env: Environment,
-        raft: Proposer,
+        raft: Raft,
         machine: Callable[[], Machine],
         log_clock: LogClock,
         batcher: Batcher,
@@ -41,9 +44,10 @@ class Chores:
         self._log = log
         self._timer: Timer | None = None
         self._under_way: set[str] = set()
+        self._looked_at = 0.0
 
     def start(self) -> None:
-        self._timer = self._env.scheduler.call_later(_INTERVAL_S, self._look)
+        self._timer = self._env.scheduler.call_later(_UPGRADE_INTERVAL_S, self._look)
 
     def stop(self) -> None:
         if self._timer is not None:
@@ -51,7 +55,16 @@ class Chores:
             self._timer = None
 
     def _look(self) -> None:
-        self._timer = self._env.scheduler.call_later(_INTERVAL_S, self._look)
+        is_newer = self._machine().version < versions.VERSION
+        self._timer = self._env.scheduler.call_later(_UPGRADE_INTERVAL_S if is_newer else _INTERVAL_S, self._look)
+        if is_newer and self._raft.accepting:
+            common = min(self._raft.status().common_version, versions.VERSION)
+            if common > self._machine().version:
+                self._begin("raising the cluster's version", Raw(codec.encode_request(model.RaiseVersion(common))))
+        now = self._env.clock.monotonic()
+        if now - self._looked_at < _INTERVAL_S * 0.9:
+            return
+        self._looked_at = now
         if self._raft.accepting:
             self._expire_leases()
             if self._machine().expiry_due(self._log_clock.now_ms()):

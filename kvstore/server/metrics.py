@@ -66,6 +66,7 @@ class NodeCollector:
             ("last_index", status.last_index),
             ("durable_index", status.durable_index),
             ("revision", status.revision),
+            ("cluster_version", status.cluster_version),
         ):
             yield _gauge(f"kvstore_{name}", f"The {name.replace('_', ' ')} of this node.", value)
         lags = [((peer.name,), max(0, status.last_index - peer.match_index)) for peer in status.peers]

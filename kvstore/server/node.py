@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, cast
 import msgspec
 from msgspec import Struct
 
-from kvstore import codec, limits, model
+from kvstore import codec, limits, model, versions
 from kvstore.env import Environment
-from kvstore.errors import KvError, Refused, StartupError
+from kvstore.errors import KvError, Refused, StartupError, Unavailable
 from kvstore.meters import Meter
 from kvstore.server.batcher import Batcher
 from kvstore.server.chores import Chores
@@ -220,6 +220,7 @@ class ServerNode:
             digest=machine.digest() if digest else "",
             alarms=(QUOTA,) if self._quota.exceeded else (),
             size_bytes=machine.size_bytes,
+            cluster_version=machine.version,
         )
 
     def _write(self, frame: codec.Write, reply: Reply) -> None:
@@ -230,14 +231,19 @@ class ServerNode:
         try:
             mutation = codec.decode_mutation(frame.request)
             limits.check_mutation(mutation, len(frame.request))
-            if isinstance(mutation, (model.ExpireSessions, model.ExpireLeases)):
-                raise Refused("only the leader itself ends sessions and leases that are over")
+            if isinstance(mutation, (model.ExpireSessions, model.ExpireLeases, model.RaiseVersion)):
+                raise Refused("only the leader itself asks for this")
             if self._quota.exceeded:
                 self._quota.check(mutation)
             if (frame.session | frame.seq | frame.acked_below) >> 63:  # one of them is negative or has a 64th bit
                 raise Refused("session, seq and acked_below are numbers from 0 to 2^63 - 1")
+            if self._batcher.entry_version < versions.NEWEST_NEED:
+                versions.check(mutation, self._batcher.entry_version)
         except Refused as error:
             reply(refusal(frame.id, error))
+            return
+        except Unavailable as error:
+            reply(self._failure(frame.id, error))
             return
         self._batcher.submit(frame, reply)
 
@@ -346,6 +352,7 @@ class ServerNode:
         self._reads.applied()
         self._watches.applied()
         self._quota.look()
+        self._batcher.entry_version = machine.version
 
     def _failed(self, error: KvError) -> None:
         """Consensus takes no part any more. Local reads are still served; what to do is the process's to decide."""
@@ -397,6 +404,7 @@ class ServerNode:
         self._chores = Chores(env, raft, lambda: self.machine, self._log_clock, self._batcher, self._log)
         self._quota = Quota(self.options.quota_bytes, lambda: self.machine, self._log)
         self._quota.look()
+        self._batcher.entry_version = self.machine.version
         raft.on_leadership = self._leadership_changed
         raft.on_applied = self._applied
         raft.on_fatal = self._failed

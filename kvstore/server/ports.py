@@ -78,6 +78,8 @@ class RaftStatus(Protocol):
     def peers(self) -> Sequence[model.PeerStatus]: ...
     @property
     def storage_error(self) -> str: ...
+    @property
+    def common_version(self) -> int: ...
 
 
 class Raft(Proposer, Protocol):
@@ -132,6 +134,10 @@ class Machine(Protocol):
 
     @property
     def size_bytes(self) -> int: ...
+
+    @property
+    def version(self) -> int:
+        """The cluster's version (see `versions.py`)."""
 
     @property
     def applied_term(self) -> int: ...

@@ -20,7 +20,7 @@ import hashlib
 
 import msgspec
 
-from kvstore import codec, model
+from kvstore import codec, model, versions
 from kvstore.errors import InternalError, Refused, StartupError
 from kvstore.limits import is_read_only
 from kvstore.model import (
@@ -91,6 +91,7 @@ class Machine:
         "_storage",
         "_unflushed_bytes",
         "_unflushed_requests",
+        "_version",
     )
 
     def __init__(self, open_storage: OpenStorage, path: str, retention: Retention = _RETENTION) -> None:
@@ -103,6 +104,7 @@ class Machine:
         storage = self._open_storage(path)
         try:
             position, members, epochs = _read_position(storage, path)
+            version = int(storage.get(M_FORMAT) or versions.FIRST)
             sessions = Sessions.load(storage, position.outcomes_from)
             leases = Leases.load(storage)
         except (msgspec.DecodeError, ValueError, KeyError) as error:
@@ -114,11 +116,12 @@ class Machine:
         self._storage: Storage = storage
         self._position = position
         self._members = members
+        self._version = version
         self._sessions = sessions
         self._leases = leases
         self._records = Records(storage, position, epochs, self._retention)
         self._feed = Feed(storage, self._records)
-        self._idle = Overlay(self._records, self._leases)  # the view of reads between entries
+        self._idle = Overlay(self._records, self._leases, self._version)  # the view of reads between entries
         self._unflushed_requests = 0
         self._unflushed_bytes = 0
         self._stopped = ""
@@ -156,6 +159,11 @@ class Machine:
         return self._members
 
     @property
+    def version(self) -> int:
+        """The cluster's (see `versions.py`)."""
+        return self._version
+
+    @property
     def size_bytes(self) -> int:
         """What all records have together, and all history that is kept."""
         return self._records.records_bytes + self._records.history_bytes
@@ -189,7 +197,7 @@ class Machine:
     def _apply_batch(self, index: int, term: int, payload: bytes | memoryview) -> list[bytes]:
         entry = _decode(index, payload)
         log_time_ms = max(self._position.log_time_ms, entry.log_time_ms)
-        view = Overlay(self._records, self._leases)
+        view = Overlay(self._records, self._leases, self._version)
         sessions = self._sessions
         sessions.begin(index, log_time_ms)
         admit, settle, execute = sessions.admit, sessions.settle, txn.execute
@@ -226,7 +234,9 @@ class Machine:
 
     def _apply_other(self, index: int, term: int, members: bytes | None) -> None:
         self._sessions.begin(index, self._position.log_time_ms)
-        self._commit(index, term, self._position.log_time_ms, Overlay(self._records, self._leases), members)
+        self._commit(
+            index, term, self._position.log_time_ms, Overlay(self._records, self._leases, self._version), members
+        )
         self._unflushed_requests += 1
 
     def _commit(self, index: int, term: int, log_time_ms: int, view: Overlay, members: bytes | None) -> None:
@@ -251,8 +261,8 @@ class Machine:
         batch.put(M_POSITION, layout.encode(position))
         if epochs[-1].id != records.epochs[-1].id or epochs[0].id != records.epochs[0].id:
             batch.put(M_EPOCHS, layout.encode(epochs[:-1]))
-        if index == 1:
-            batch.put(M_FORMAT, b"%d" % FORMAT)
+        if index == 1 or view.version != self._version:
+            batch.put(M_FORMAT, b"%d" % view.version)
         if members is not None:
             batch.put(M_MEMBERS, members)
         self._storage.write(batch)
@@ -260,9 +270,10 @@ class Machine:
         self._leases.committed(view.leases)
         self._feed.committed(view)
         self._position = position
+        self._version = view.version
         if members is not None:
             self._members = members
-        self._idle = Overlay(records, self._leases)
+        self._idle = Overlay(records, self._leases, self._version)
 
     def _administer(self, view: Overlay, at: int, item: codec.BatchItem) -> bytes:
         """Requests that are no operation."""
@@ -284,6 +295,9 @@ class Machine:
             return codec.encode_result(DoneResult(view.revision, sessions.expire()))
         if isinstance(request, Compact):
             return _compact(view, request.revision)
+        if isinstance(request, model.RaiseVersion):
+            view.version = max(view.version, request.version)
+            return codec.encode_result(DoneResult(view.revision))
         try:
             return codec.encode_result(self._change_leases(view, at, request))
         except Refused as refusal:
@@ -389,9 +403,9 @@ class Machine:
         about 1 us each, on the calling thread."""
         state = hashlib.blake2b(digest_size=16)
         position = self._position
-        state.update(
-            layout.encode((position.revision, position.compacted_revision, position.log_time_ms, self._members))
-        )
+        stands = (position.revision, position.compacted_revision, position.log_time_ms, self._members)
+        # As version 1 did it, which knew no versions: its members' digests can be compared with ours.
+        state.update(layout.encode(stands if self._version == versions.FIRST else (*stands, self._version)))
         state.update(layout.encode(self._sessions.observable()))
         state.update(layout.encode(self._leases.observable()))
         for key, packed in self._records.scan(b"", b""):
@@ -449,31 +463,32 @@ def _decode(index: int, payload: bytes | memoryview) -> codec.Batch:
     try:
         entry = codec.decode_batch(payload)
     except Refused as error:
-        entry_format = _format_of(payload)
-        if entry_format is not None and entry_format > codec.BATCH_FORMAT:
-            raise _newer_entry(index, entry_format) from error
+        entry_version = _version_of(payload)
+        if entry_version is not None and entry_version > versions.VERSION:
+            raise _newer_entry(index, entry_version) from error
         raise InternalError(f"entry {index} is damaged: {error.message}") from error
-    if entry.format > codec.BATCH_FORMAT:
-        raise _newer_entry(index, entry.format)
+    if entry.version > versions.VERSION:
+        raise _newer_entry(index, entry.version)
     if len(entry.items) > 1 << POSITION_BITS:
         raise InternalError(f"entry {index} holds {len(entry.items)} requests; at most {1 << POSITION_BITS} may be")
     return entry
 
 
-def _format_of(payload: bytes | memoryview) -> int | None:
+def _version_of(payload: bytes | memoryview) -> int | None:
     try:
-        return msgspec.msgpack.decode(payload, type=_AnyFormat).format
+        return msgspec.msgpack.decode(payload, type=_AnyVersion).version
     except msgspec.DecodeError:
         return None
 
 
-class _AnyFormat(msgspec.Struct, array_like=True):
-    format: int
+class _AnyVersion(msgspec.Struct, array_like=True):
+    version: int
 
 
-def _newer_entry(index: int, entry_format: int) -> StartupError:
+def _newer_entry(index: int, entry_version: int) -> StartupError:
     return StartupError(
-        f"entry {index} is of format {entry_format}; this version knows up to {codec.BATCH_FORMAT}: run a newer one",
+        f"entry {index} is of version {entry_version}, and this program knows versions up to {versions.VERSION}: "
+        "run a newer one",
         code="data_format_newer",
     )
 
@@ -499,7 +514,12 @@ def _read_position(storage: Storage, path: str) -> tuple[Position, bytes, list[E
         first = Epoch(0, 1, 0)
         return Position(FORMAT, 0, 0, 0, 0, 0, 0, 1, first), b"", [first]
     try:
-        check_format(int(stored_format))
+        if int(stored_format) > versions.VERSION:
+            raise StartupError(
+                f"the state in {path} is of version {int(stored_format)}, and this program knows versions up to "
+                f"{versions.VERSION}: run a newer one",
+                code="data_format_newer",
+            )
         position = layout.decode_position(encoded)
         check_format(position.format)
         stored_epochs = storage.get(M_EPOCHS)

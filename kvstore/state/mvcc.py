@@ -375,13 +375,24 @@ class Records:
 class Overlay:
     """One batch at work. `revision` and `compacted_revision` run ahead of what is committed."""
 
-    __slots__ = ("_base", "_base_revision", "_sorted", "changes", "compacted_revision", "events", "leases", "revision")
+    __slots__ = (
+        "_base",
+        "_base_revision",
+        "_sorted",
+        "changes",
+        "compacted_revision",
+        "events",
+        "leases",
+        "revision",
+        "version",
+    )
 
-    def __init__(self, base: Records, leases: Leases) -> None:
+    def __init__(self, base: Records, leases: Leases, version: int) -> None:
         self._base = base
         self.leases = LeaseChanges(leases)
         self._base_revision = base.revision
         self.revision = base.revision
+        self.version = version
         self.compacted_revision = base.compacted_revision
         self.changes: dict[bytes, Change] = {}
         self.events: layout.Events = []

@@ -92,13 +92,13 @@ class NodeProcess:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def run(self, main: Main, arguments: list[str], environment: Mapping[str, str]) -> None:
+    def run(self, main: Main, arguments: list[str], environment: Mapping[str, str], root: Path = ROOT) -> None:
         assert not self.running, f"{self.name} runs already"
         self.reap()
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", main, *arguments],
-                cwd=ROOT,
+                cwd=root,
                 env={**os.environ, "KVSTORE_CLUSTER_TOKEN": TOKEN, **environment},
                 # With a parent it ends when the pipe does: then no node outlives whoever runs it, however that ends.
                 stdin=subprocess.PIPE if "--with-parent" in arguments else subprocess.DEVNULL,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from kvstore import codec, model
+from kvstore import codec, model, versions
 from kvstore.env import Environment, Files, Network
 from kvstore.errors import KvError, Unavailable
 from kvstore.meters import Meter
@@ -88,6 +88,10 @@ class FakeMachine:
     def size_bytes(self) -> int:
         return 0
 
+    @property
+    def version(self) -> int:
+        return versions.VERSION
+
     def digest(self) -> str:
         return f"digest-{self.revision}"
 
@@ -98,6 +102,7 @@ class FakeStatus:
     commit_index = applied_index = last_index = durable_index = 7
     peers: tuple[model.PeerStatus, ...] = ()
     storage_error = ""
+    common_version = versions.VERSION
 
 
 class FakeRaft:

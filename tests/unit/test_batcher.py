@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 from msgspec import Raw
 
-from kvstore import codec, model
+from kvstore import codec, model, versions
 from kvstore.errors import KvError, OutcomeUnknown, Unavailable
 from kvstore.server import batcher as batcher_module
 from kvstore.server.batcher import Batcher
 from kvstore.server.chores import Chores
 from kvstore.server.log_clock import LogClock
-from tests.unit.server_fakes import Answers, FakeRaft, RecordingLog, World, virtual_environment
+from tests.unit.server_fakes import Answers, FakeMachine, FakeRaft, FakeStatus, RecordingLog, World, virtual_environment
 
 
 def put(request_id: int, key: bytes = b"k", value: bytes = b"v", session: int = 9) -> codec.Write:
@@ -327,3 +328,23 @@ def test_a_follower_does_no_chores_and_a_failed_chore_is_logged() -> None:
     setup.world.advance(1.0)
     assert setup.sizes() == [1], "it is tried again"
     chores.stop()
+
+
+def test_the_leader_raises_the_version_once_all_members_understand_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup()
+    monkeypatch.setattr(versions, "VERSION", 3)
+    monkeypatch.setattr(FakeMachine, "version", 2)
+    monkeypatch.setattr(FakeStatus, "common_version", 0)
+    chores_of(setup)
+    setup.world.advance(2.0)
+    assert setup.raft.proposed == [], "not all were heard, or one knows no more"
+    monkeypatch.setattr(FakeStatus, "common_version", 4)
+    setup.raft.is_leader = setup.raft.accepting = False
+    setup.world.advance(2.0)
+    assert setup.raft.proposed == [], "it does not lead"
+    setup.raft.is_leader = setup.raft.accepting = True
+    setup.world.advance(0.15)
+    ((payload, _),) = setup.raft.proposed
+    assert [item.request for item in codec.decode_batch(payload).items] == [model.RaiseVersion(3)]
+    setup.world.advance(1.0)
+    assert len(setup.raft.proposed) == 1, "one at a time"

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINES_MAX = 700
 
-GROUND = {"model", "errors", "codec", "limits", "env", "seldom", "backup", "meters"}
+GROUND = {"model", "errors", "codec", "limits", "env", "seldom", "backup", "meters", "versions"}
 # What each room may import of kvstore besides itself. A room that is not here (cli) may import all below it.
 FLOORS = {
     "state": GROUND - {"env", "seldom"},
@@ -31,6 +31,7 @@ GROUND_MAY_IMPORT = {
     "seldom": {"env"},
     "backup": {"model", "errors"},
     "meters": set(),
+    "versions": {"model", "errors"},
 }
 
 OUTSIDE_WORLD = {

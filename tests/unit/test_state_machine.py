@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvstore import codec
+from kvstore import codec, versions
 from kvstore.errors import InternalError, KvError, StartupError
 from kvstore.model import Add, Compact, CompactResult, Delete, OpenSession, Put, PutResult, Range, Txn
 from kvstore.raft.fsm import Checkpoint, EntryKind, StateMachine
@@ -138,7 +138,7 @@ def test_an_unknown_kind_stops_it(node: Node) -> None:
 @pytest.mark.parametrize("items", [[], ["of another form"]])
 def test_an_entry_of_a_newer_format_stops_it(node: Node, items: list[Any]) -> None:
     with pytest.raises(StartupError) as caught:
-        node.machine.apply(1, 1, DATA, msgspec.msgpack.encode((codec.BATCH_FORMAT + 1, 5, items)))
+        node.machine.apply(1, 1, DATA, msgspec.msgpack.encode((versions.VERSION + 1, 5, items)))
     assert caught.value.code == "data_format_newer"
 
 
@@ -334,7 +334,7 @@ POSITION = layout.Position(layout.FORMAT + 1, 1, 1, 0, 0, 0, 0, 1, layout.Epoch(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        (layout.M_FORMAT, b"2"),
+        (layout.M_FORMAT, b"%d" % (versions.VERSION + 1)),
         (layout.M_POSITION, layout.encode(POSITION)),
         (SESSION_KEY, layout.encode(layout.SessionRecord(layout.FORMAT + 1, 1, 0, 1, {}))),
         (OUTCOME_KEY, layout.encode((layout.FORMAT + 1, 0, [], [], []))),
