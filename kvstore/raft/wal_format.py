@@ -53,6 +53,7 @@ class RecordKind(IntEnum):
 
 
 RESET_PAYLOAD = b"\x01"
+_ZEROES = bytes(64 * 1024)  # compared as one, which is a hundred times faster than looking byte by byte
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -183,7 +184,7 @@ def read_records(
             raise Damaged(position - to_position, "the segment is longer than the next one's header says")
         return records, Tail(position - to_position, position, batch_start, 0)
     offset = position - to_position
-    used_bytes = len(data.rstrip(b"\0"))
+    used_bytes = _used_bytes(data)
     if position < synced_until:
         if used_bytes <= offset:
             reason = f"the records end here, {synced_until - position} bytes before what had been synced"
@@ -193,6 +194,15 @@ def read_records(
     if (witness := _find_witness(seed, data, offset, position)) is not None:
         raise Damaged(offset, f"{reason}, and the record at offset {witness} proves that it had been synced")
     return records, Tail(offset, position, batch_start, used_bytes - offset)
+
+
+def _used_bytes(data: bytes) -> int:
+    """How long `data` is without the zeroes at its end, of which a segment that was just begun has 64 MiB."""
+    end = len(data)
+    while end >= len(_ZEROES) and data[end - len(_ZEROES) : end] == _ZEROES:
+        end -= len(_ZEROES)
+    last = data[max(0, end - len(_ZEROES)) : end]
+    return end - len(last) + len(last.rstrip(b"\0"))
 
 
 def _find_witness(seed: int, data: bytes, offset: int, position: int) -> int | None:
