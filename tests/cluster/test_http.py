@@ -87,10 +87,15 @@ async def test_a_full_store_takes_deletes_and_then_writes_again(tmp_path: Path) 
         leader = await cluster.leader()
         value = b"v" * 50_000
         written = 0
-        with pytest.raises(Refused, match="kvstore compact") as caught:
+
+        async def fill() -> None:
+            nonlocal written
             while written < 100:
                 await kv.put(b"%d" % written, value)
                 written += 1
+
+        with pytest.raises(Refused, match="kvstore compact") as caught:
+            await fill()
         assert caught.value.code == "quota_exceeded"
         assert 15 <= written <= 22
 

@@ -436,7 +436,9 @@ def test_automatic_compaction_by_age(node: Node) -> None:
     assert node.read(Range(b"a", revision=1)).records[0].value == b"1"
 
 
-@pytest.mark.parametrize("retention, kept", [(mvcc.Retention(batches=320), 400), (mvcc.Retention(size_bytes=320), 10)])
+@pytest.mark.parametrize(
+    ("retention", "kept"), [(mvcc.Retention(batches=320), 400), (mvcc.Retention(size_bytes=320), 10)]
+)
 def test_automatic_compaction_by_size(node: Node, retention: mvcc.Retention, kept: int) -> None:
     node.machine.close()
     node.machine = Machine(node.disk.open, "state", retention)
