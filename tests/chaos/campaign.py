@@ -129,6 +129,7 @@ class Campaign:
             load = Load(
                 lambda: cluster.endpoints, self.meter, self.now,
                 seed=options.seed, workers=options.workers, pause_s=options.pause_s,
+                backups=self.path / "backups",
             )  # fmt: skip
             try:
                 await load.start()

@@ -16,11 +16,14 @@ import gc
 import inspect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from random import Random
 from typing import Any, cast
 
 import kvstore
 from kvstore import Client, OutcomeUnknown, Refused, Unavailable
+from tests.chaos.backups import EVERY_S as BACKUP_EVERY_S
+from tests.chaos.backups import Backups
 from tests.chaos.meter import Meter
 from tests.checkers.history import History
 from tests.cluster.histories import Ledger, everything, write
@@ -105,7 +108,7 @@ class _Epoch:
     def __init__(self, number: int, now: Callable[[], float], chance: Random, steps: int) -> None:
         self._history = History(now)
         prefix = b"epoch/%d/" % number
-        self.workloads = all_workloads(self._history, chance, steps, timeout_s=TIMEOUT_S, prefix=prefix)
+        self.workloads = all_workloads(self._history, chance, steps, timeout_s=TIMEOUT_S, prefix=prefix, backups=False)
         self.inside = 0
         self.is_over = False
         self.idle = asyncio.Event()
@@ -138,8 +141,9 @@ class Load:
         pause_s: float,
         workers: int = WORKERS,
         epoch_s: float = EPOCH_S,
+        backups: Path | None = None,
     ) -> None:
-        """`endpoints` as they are now: members come and go."""
+        """`endpoints` as they are now: members come and go. `backups`: a directory for them, if any are to be taken."""
         self._endpoints = endpoints
         self._meter = meter
         self._now = now
@@ -148,6 +152,7 @@ class Load:
         self._workers = workers
         self._epoch_s = epoch_s
         self._ledger = LedgerWorkload()
+        self._backups = Backups(backups, endpoints) if backups is not None else None
         self._clients: list[Client] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._judging: set[asyncio.Task[None]] = set()
@@ -170,6 +175,8 @@ class Load:
         for worker in range(self._workers * len(self._epoch.workloads)):
             self._run(self._work(metered[worker % CLIENTS], worker))
         self._run(self._turn_epochs(clients[0]))
+        if self._backups is not None:
+            self._run(self._back_up(self._backups, clients[0]))
         self._run(self._probe(self._connect(PROBE_TIMEOUT_S)))
         self._run(self._watch_lag())
         gc.collect()
@@ -189,6 +196,9 @@ class Load:
             await self._ledger.finish(kv)
             self._ledger.check()
             self.judged[self._ledger.name] += 1
+            if self._backups is not None:
+                await self._backups.take_last(kv)
+                self.judged["backups"] += self._backups.taken
 
     async def close(self) -> None:
         self._over.set()
@@ -219,7 +229,7 @@ class Load:
                 self.failure.set_exception(error)
 
     def _new_epoch(self, number: int) -> _Epoch:
-        kinds = len(all_workloads(History(self._now), Random(0), 1))
+        kinds = len(all_workloads(History(self._now), Random(0), 1, backups=False))
         # A step takes about 5 ms here; it only decides how many products the sale has.
         steps = int(kinds * self._workers * self._epoch_s / (self._pause_s + 0.005))
         return _Epoch(number, self._now, Random(f"{self._seed}/epoch/{number}"), steps)
@@ -270,6 +280,10 @@ class Load:
         while not self._over.is_set():
             await self._ledger.step(kv, worker, chance)
             await asyncio.sleep(chance.uniform(0.5, 1.5) * self._pause_s)
+
+    async def _back_up(self, backups: Backups, kv: Client) -> None:
+        while not await self._over_within(BACKUP_EVERY_S):
+            await backups.take(kv)
 
     async def _probe(self, kv: Client) -> None:
         number = 0

@@ -33,6 +33,9 @@ class SimulatedConnector:
         self._is_closed = False
 
     def connect(self, address: str, events: ConnectionEvents) -> None:
+        if self._is_closed:
+            return
+
         def made(protocol: ClientProtocol) -> None:
             self._open[protocol] = None
             events.on_open(protocol)
@@ -49,6 +52,10 @@ class SimulatedConnector:
             return ClientProtocol(self._world.loop, self._next_id, made, lost, events.on_silent, SILENCE_S)
 
         self._network.connect(address, protocol, failed, CONNECT_TIMEOUT_S)
+
+    def die(self) -> None:
+        """Its process is gone: it connects no more, whatever of the client's own still believes to run."""
+        self._is_closed = True
 
     async def close(self) -> None:
         self._is_closed = True
@@ -72,13 +79,15 @@ class Worker:
 
     def start(self) -> None:
         self._lives += 1
-        self.client = self.world.client(f"{self.host}.{self._lives}", self.host)
+        self._connector = SimulatedConnector(self.world, self.host)
+        self.client = self.world.client(self._connector)
         self._task = self.world.loop.create_task(self._work(self.client))
 
     def crash(self) -> None:
         """The client's process dies: what it had under way may have taken effect, or may yet."""
         self.world.story.tell(self.host, "killed")
         self._task.cancel()
+        self._connector.die()
         self.world.network.kill(self.host, silently=False)
         self.world.network.revive(self.host)
         self.start()
@@ -110,7 +119,7 @@ class Operator:
     def __init__(self, world: World) -> None:
         self._world = world
         self._chance = Random(world.chance.getrandbits(64))
-        self.client = world.client("operator", "op")
+        self.client = world.client(SimulatedConnector(world, "op"))
         self.task: asyncio.Task[None] | None = None
 
     @property

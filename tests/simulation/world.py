@@ -346,12 +346,12 @@ class World:
                 best = machine
         return best
 
-    def client(self, name: str, host: str) -> Client:
+    def client(self, connector: SimulatedConnector) -> Client:
         endpoints = [machine.client_address for machine in self.machines.values()]
         return Client(
             endpoints,
             timeout_s=self.call_timeout_s,
-            connector=SimulatedConnector(self, host),
+            connector=connector,
             chance=Random(self.chance.getrandbits(64)),
         )
 

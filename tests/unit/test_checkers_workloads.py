@@ -40,13 +40,13 @@ def workloads_named(*names: str, size: int = STEPS, timeout_s: float = 5.0) -> t
 async def test_on_the_embedded_store_nothing_is_wrong(tmp_path: Path) -> None:
     async with kvstore.open_embedded(str(tmp_path / "store")) as kv:
         history, workloads = workloads_named()
-        await drive([kv] * WORKERS, workloads, Random(2), 3 * STEPS)
+        await drive([kv] * WORKERS, workloads, Random(2), 4 * STEPS)
     for workload in workloads:
         workload.check()
         assert workload.history.count(Outcome.OK) > STEPS / 10, workload.name
     kinds = {type(entry.operation).__name__ for entry in history.entries if entry.is_ok}
     results = {type(entry.result).__name__ for entry in history.entries}
-    assert kinds == {
+    assert kinds - {"End"} == {  # that one comes seldom
         *("Get", "LocalGet", "Put", "Delete", "Swap", "Add"),
         "Steps",
         *("Transfer", "ReadAccounts"),
@@ -54,6 +54,8 @@ async def test_on_the_embedded_store_nothing_is_wrong(tmp_path: Path) -> None:
         *("PutJob", "Take", "LookAtQueue"),
         *("Grant", "Attach", "Keep", "Revoke", "LastLook"),
         "Change",
+        *("Acquire", "Fenced", "Release", "Die"),
+        "TakeBackup",
     }
     assert {"Refusal", "SoldOut", "Swapped"} <= results
     assert history.count(Outcome.UNKNOWN, Outcome.OPEN) == 0

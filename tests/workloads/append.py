@@ -8,6 +8,7 @@ Some append two elements to one list, so that a reader who sees one of them has 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from kvstore import (
     Put,
     Range,
     RangeResult,
+    Record,
     Refused,
     Relation,
     Target,
@@ -25,7 +27,7 @@ from kvstore import (
     TxnResult,
 )
 from tests.checkers.append import Append, Lists, Read, Steps, check_append
-from tests.checkers.history import History
+from tests.checkers.history import Entry, History
 from tests.checkers.revisions import check_revisions
 from tests.workloads.base import insist, noted, one_or_several
 
@@ -86,6 +88,17 @@ class AppendWorkload:
             entry.ok(Lists(tuple(found.get(self._key(name), ()) for name in self._all)))
 
         await insist(read_all)
+
+    def begin_reading(self, worker: int) -> tuple[Entry, Callable[[Sequence[Record]], Lists]]:
+        """See `base.BackedUp`."""
+        names = tuple(self._all)
+        entry = self.history.begin(worker, Steps(tuple(Read(name) for name in names)))
+
+        def made(records: Sequence[Record]) -> Lists:
+            values = {record.key: record.value for record in records}
+            return Lists(tuple(_elements(values.get(self._key(name), b"")) for name in names))
+
+        return entry, made
 
     def check(self) -> None:
         check_revisions(self.history.root.entries)

@@ -7,7 +7,7 @@ read-only `Txn`, a read-only transaction of single gets, a replica's own state, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from kvstore import (
@@ -85,6 +85,16 @@ class BankWorkload:
             entry.ok(self._statement(records, with_ledger=True))
 
         await insist(read_all)
+
+    def begin_reading(self, worker: int) -> tuple[Entry, Callable[[Sequence[Record]], Statement]]:
+        """See `base.BackedUp`."""
+        entry = self.history.begin(worker, ReadAccounts(with_ledger=True, way="backup"))
+        own = self._prefix
+
+        def made(records: Sequence[Record]) -> Statement:
+            return self._statement([record for record in records if record.key.startswith(own)], with_ledger=True)
+
+        return entry, made
 
     def check(self) -> None:
         check_revisions(self.history.root.entries)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from random import Random
 from typing import Protocol, TypeVar
 
-from kvstore import Client, Compare, OutcomeUnknown, Put, Refused, Relation, Target, Unavailable
+from kvstore import Client, Compare, OutcomeUnknown, Put, Record, Refused, Relation, Target, Unavailable
 from tests.checkers.history import Entry, History
 
 # How often the first and the last requests are tried, where nothing is broken any more: each already waits for its
@@ -29,6 +29,13 @@ BURST_SHARE, BURST_MAX = 0.1, 4
 NOT_THERE_YET = "not there yet"
 
 _T = TypeVar("_T")
+
+
+class BackedUp(Protocol):
+    """A workload whose judge takes a backup for what it is: one more reading of everything, at one moment."""
+
+    def begin_reading(self, worker: int) -> tuple[Entry, Callable[[Sequence[Record]], object]]:
+        """What is noted of it, and how its result is made of all records of the store."""
 
 
 class Workload(Protocol):

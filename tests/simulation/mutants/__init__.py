@@ -6,7 +6,8 @@ seed and writes the table in docs/testing.md.
 
 The mutants lie by what they break: `of_messages` (the guard's rules about replication), `of_elections` (votes,
 hand-overs, members), `of_reads`, `of_seams` (where the engine is met), `of_the_log` and `of_the_state` (durability),
-`of_requests` (exactly once, in the state machine, the server and the client), `of_leases`, `of_watches`.
+`of_requests` (exactly once, in the state machine, the server and the client), `of_leases`, `of_watches`,
+`of_locks`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from tests.simulation.mutants import (
     of_elections,
     of_leases,
+    of_locks,
     of_messages,
     of_reads,
     of_requests,
@@ -38,6 +40,7 @@ _ALL = [
         of_requests,
         of_leases,
         of_watches,
+        of_locks,
     )
     for mutant in part.catalogue.mutants
 ]
