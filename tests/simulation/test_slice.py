@@ -128,6 +128,18 @@ REGRESSIONS: list[Regression] = [
         "2604dc2",
         "e8a1bda",
     ),
+    Regression(
+        Options(seed=64, nodes=5),
+        "a watch that began while a turn applied missed what that turn had applied before it",
+        "831b5fb",
+        "9a202a8",
+    ),
+    Regression(
+        Options(seed=90, nodes=5),
+        "a flipped bit in META made a node say that the directory was another node's",
+        "9a202a8",
+        "8f5394a",
+    ),
 ]
 
 RUNS = list(dict.fromkeys([*SLICE, *(regression.options for regression in REGRESSIONS)]))
