@@ -59,7 +59,16 @@ class _HandOver:
 class Changes:
     """`members` is the configuration in force; the node keeps it up to date."""
 
-    def __init__(self, name: str, leader: Leader, wal: Wal, send: Callable[[str, Message], None], log: Log) -> None:
+    def __init__(
+        self,
+        name: str,
+        leader: Leader,
+        wal: Wal,
+        send: Callable[[str, Message], None],
+        log: Log,
+        hears_within_s: float = 1.0,
+    ) -> None:
+        """`hears_within_s`: a leader for so long has heard every member that is alive."""
         self._name = name
         self._leader = leader
         self._wal = wal
@@ -67,6 +76,9 @@ class Changes:
         self._log = log
         self.members = Configuration()
         self._proposed = False  # a change was handed to the node and is not in the log yet
+        self._hears_within_s = hears_within_s
+        self._leads_since: float | None = None
+        self._now = 0.0
         self._hand_over: _HandOver | None = None
 
     # --- membership ---------------------------------------------------------------------------------------------------
@@ -118,7 +130,12 @@ class Changes:
             try:
                 changed = change()
             except Refused as error:
-                done(error)
+                new = self._leads_since is None or self._now - self._leads_since < self._hears_within_s
+                if error.code == "would_lose_quorum" and new:
+                    why = f"{self._name} has just begun to lead, and has not heard from all members yet; try again"
+                    done(Unavailable(why, code="membership_busy"))
+                else:
+                    done(error)
                 return
             self._propose(changed, done)
 
@@ -168,6 +185,9 @@ class Changes:
 
     def step(self, now: float) -> None:
         """Once a turn of a leader."""
+        self._now = now
+        if self._leads_since is None:
+            self._leads_since = now
         hand_over = self._hand_over
         if hand_over is None:
             return
@@ -181,6 +201,7 @@ class Changes:
 
     def leadership_lost(self) -> None:
         """This node leads no more. If it had told the target to take over, that is how a hand-over ends well."""
+        self._leads_since = None
         hand_over, self._hand_over = self._hand_over, None
         if hand_over is not None:
             why = f"leadership was lost before {hand_over.target} held everything"

@@ -176,7 +176,8 @@ class RaftNode:
         heartbeat_s, timeout_s = config.heartbeat_ms / 1000, config.election_max_ms / 1000
         self._reads = ReadIndex(config.name, engine, env.chance, self._send_now, heartbeat_s, timeout_s)
         self._reads.applied(self.machine.applied_index)
-        self._changes = Changes(config.name, self, self._wal, self._send_now, self._log)
+        hears_within_s = config.election_max_ms / 1000
+        self._changes = Changes(config.name, self, self._wal, self._send_now, self._log, hears_within_s)
         self._replicas = Replicas(
             engine,
             env,

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 import pytest
+import structlog
 from rich.console import Console
 
 from bench import bulk, join, scale
@@ -96,6 +97,8 @@ def test_a_snapshot_is_found_in_a_nodes_log(capsys: pytest.CaptureFixture[str]) 
     log.info("receiving a snapshot", sender="n1", index=7, size_bytes=1000)
     log.info("installing a snapshot", index=7, term=1, sender="n1")
     log.info("receiving a snapshot", sender="n1", index=9, size_bytes=2000)
+    # It is the whole process's, and stderr is this test's alone.
+    structlog.reset_defaults()
     (found,) = join.snapshots_in(capsys.readouterr().err + "Traceback\n")
     assert found.size_bytes == 1000
     assert 0 <= found.seconds < 60

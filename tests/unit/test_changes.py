@@ -174,8 +174,25 @@ def test_a_leader_does_not_remove_itself(bench: Bench) -> None:
     assert bench.leader.proposed == []
 
 
+def test_a_leader_that_has_just_begun_waits_to_hear_the_others_before_it_calls_them_dead(bench: Bench) -> None:
+    bench.leader.connected = set("ac")
+    answers = []
+    for now in (5.0, 5.9, 6.0):
+        bench.changes.step(now)
+        answers.append(Answer())
+        bench.changes.remove("c", answers[-1])
+    assert [code_of(answer) for answer in answers] == ["membership_busy", "membership_busy", "would_lose_quorum"]
+    bench.changes.leadership_lost()
+    bench.changes.step(7.0)
+    again = Answer()
+    bench.changes.remove("c", again)
+    assert code_of(again) == "membership_busy", "it leads anew"
+
+
 def test_a_removal_that_would_lose_the_quorum_is_refused(bench: Bench) -> None:
     bench.leader.connected = set("ac")
+    bench.changes.step(5.0)
+    bench.changes.step(6.0)
     answer = Answer()
     bench.changes.remove("c", answer)
     assert code_of(answer) == "would_lose_quorum"

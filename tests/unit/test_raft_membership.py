@@ -113,6 +113,12 @@ def test_a_new_leader_counts_nobody_alive_that_has_not_answered_it() -> None:
     successor.remove("a", removed)
     cluster.wait(removed)
     assert removed.error is not None
+    assert removed.error.code == "membership_busy", "it has just begun, and cannot know yet"
+    cluster.time.advance(2.0)
+    removed = Answer()
+    successor.remove("a", removed)
+    cluster.wait(removed)
+    assert removed.error is not None
     assert removed.error.code == "would_lose_quorum"
 
 
