@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
 from bench import core, micro, watches
 from bench.core import Options
-from bench.results import BenchError
+from bench.exits import exit_code
 from bench.workloads import Kind
 
 
@@ -54,7 +51,7 @@ def main() -> int:
     if options.command == "watches":
         if min(options.watches, options.connections, options.rate) < 1 or not 1 <= options.seconds <= 3600:
             parser.error("watches, connections and rate are at least 1, seconds from 1 to 3600")
-        return _run(
+        return exit_code(
             lambda: watches.run(
                 watches.Options(
                     watches=options.watches,
@@ -89,23 +86,7 @@ def main() -> int:
         report = core.run(chosen, console)
         return 1 if options.quick and any(threshold.met is False for threshold in report.thresholds) else 0
 
-    return _run(measure, console)
-
-
-def _run(measure: Callable[[], int], console: Console) -> int:
-    try:
-        # However we are told to end, what we started ends first.
-        signal.signal(signal.SIGTERM, _interrupted)
-        return measure()
-    except BenchError as error:
-        console.print(f"[red]bench:[/red] {error}", highlight=False, soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def _interrupted(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+    return exit_code(measure, console)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from rich.console import Console
 
 import kvstore
 from bench import bounds, bulk, machine
-from bench.__main__ import _run as ended_well
 from bench.bounds import Bound
+from bench.exits import exit_code
 from bench.nodes import Nodes
 from bench.results import BenchError, Machine, percentile
 from kvstore import Client, KvError, PutResult
@@ -382,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json=chosen.json,
     )
     console = Console() if sys.stdout.isatty() else Console(width=180)
-    return ended_well(lambda: run(options, console), console)
+    return exit_code(lambda: run(options, console), console)
 
 
 if __name__ == "__main__":

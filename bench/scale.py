@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import bounds, bulk, machine, uniform
-from bench.__main__ import _run as ended_well
 from bench.bounds import Bound
+from bench.exits import exit_code
 from bench.load import Point
 from bench.memory import Memory, MemoryWatch, memory_of
 from bench.nodes import Nodes
@@ -373,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     # Into a file or a pipe the tables keep the width that they need.
     console = Console() if sys.stdout.isatty() else Console(width=180)
-    return ended_well(lambda: run(options, console), console)
+    return exit_code(lambda: run(options, console), console)
 
 
 if __name__ == "__main__":
