@@ -75,10 +75,11 @@ mutants: $(VENV)/installed-to-test
 	@$(BIN)/python -m tests.simulation.mutation_table
 
 MINUTES ?= 20
-CHAOS := --minutes $(MINUTES) --seed $(or $(SEED),1) --out build/chaos
+CHAOS_ALL := --minutes $(MINUTES) --seed $(or $(SEED),1) --out build/chaos $(CHAOS)
+# CHAOS='--limits product --nodes 5' adds options, which `python -m tests.chaos --help` lists.
 chaos: $(VENV)/installed-to-test
-	@echo "python -m tests.chaos $(CHAOS)"
-	@$(BIN)/python -m tests.chaos $(CHAOS)
+	@echo "python -m tests.chaos $(CHAOS_ALL)"
+	@$(BIN)/python -m tests.chaos $(CHAOS_ALL)
 
 # A rolling upgrade under load from another commit, whose nodes run from its own source.
 FROM ?= HEAD~1

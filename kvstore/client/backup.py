@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +13,7 @@ from msgspec import Struct
 from kvstore.backup import FORMAT, BackupWriter, End, Header, PagedHash, SavedLease
 from kvstore.client.client import Client
 from kvstore.client.transaction import key_after
+from kvstore.env import SystemClock
 from kvstore.errors import KvError, Refused
 from kvstore.model import LEASE_TTL_MS_MIN, Member
 
@@ -32,14 +32,21 @@ class Made(Struct, frozen=True):
     size_bytes: int
 
 
-async def back_up(client: Client, file: BinaryIO, version: str, progress: Progress = lambda done, all: None) -> Made:
-    """Write what the store holds now, at one revision, into an open file. Memory is bounded by a page. Raises
-    `Refused(revision_compacted)` if the history of that revision goes before all is read."""
+async def back_up(
+    client: Client,
+    file: BinaryIO,
+    version: str,
+    progress: Progress = lambda done, all: None,
+    wall_ms: Callable[[], int] = SystemClock.wall_ms,
+) -> Made:
+    """Write what the store holds now, at one revision, into an open file. Memory is bounded by a page. `wall_ms` says
+    when that is, for people. Raises `Refused(revision_compacted)` if the history of that revision goes before all is
+    read."""
     status = await client.status()
     counted = await client.range(prefix=b"", count_only=True)
     revision = counted.revision
     writer = BackupWriter(file)
-    writer.header(Header(FORMAT, status.cluster_id, revision, time.time_ns() // 1_000_000, version))
+    writer.header(Header(FORMAT, status.cluster_id, revision, wall_ms(), version))
     leases = await _leases(client)
     done = 0
     if revision:

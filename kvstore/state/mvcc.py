@@ -341,11 +341,17 @@ class Records:
         size_bytes = self._hot_bytes
         for key, change in overlay.changes.items():
             record = change.record
+            held = hot.get(key)
             if record is not None:
                 hot[key] = record
-                size_bytes += len(key) + len(record) + _CACHE_ENTRY_BYTES
+                if held is None:
+                    size_bytes += len(key) + len(record) + _CACHE_ENTRY_BYTES
+                else:
+                    size_bytes += len(record) - len(held)
             else:
-                hot.pop(key, None)
+                if held is not None:
+                    del hot[key]
+                    size_bytes -= len(key) + len(held) + _CACHE_ENTRY_BYTES
                 cold.pop(key, None)
         self._hot_bytes = size_bytes
         if size_bytes > CACHE_GENERATION_BYTES:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from tests.simulation.campaign import campaign, options_of
+from tests.simulation.campaign import campaign, nodes_of, options_of
 from tests.simulation.outcome import Options, Outcome
 from tests.simulation.report import Display, coloured, print_outcome, print_summary
 from tests.simulation.shrink import shrink
@@ -36,39 +36,54 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--shrink", type=int, metavar="SEED", help="look for the smallest run that still violates")
     parser.add_argument("--first", type=int, default=1, metavar="SEED", help="the campaign's first seed (default: 1)")
     parser.add_argument(
-        "--nodes", choices=["3", "5", "both"], default="both", help="both: three with odd seeds, five with even ones"
+        "--nodes",
+        choices=["1", "3", "5", "both"],
+        help="both: three with odd seeds, five with even ones (default; with --mutant: the mutant's own sizes)",
     )
     parser.add_argument(
         "--duration", type=float, default=60.0, metavar="S", help="virtual seconds of load and faults (default: 60)"
     )
     parser.add_argument("--mutant", default="", metavar="NAME", help="take this protection out of the product first")
-    parser.add_argument("--without", default="", metavar="KINDS", help="kinds of fault to leave out, with commas")
+    parser.add_argument(
+        "--without",
+        metavar="KINDS",
+        help="kinds of fault to leave out, with commas (default: the mutant's own)",
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--fail-fast", action="store_true", help="end the campaign at the first violation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of the campaign to this file")
     parser.add_argument("--verbose", action="store_true", help="in a replay: tell every message, too")
     options = parser.parse_args(arguments)
-    options.without = tuple(kind.strip() for kind in options.without.split(",") if kind.strip())
-    options.nodes = None if options.nodes == "both" else int(options.nodes)
     options.jobs = options.jobs or len(os.sched_getaffinity(0))
     if options.jobs < 1 or options.duration <= 0 or (options.seeds is not None and options.seeds < 1):
         parser.error("--seeds, --jobs and --duration must be above zero")
-    _check_names(parser, options)
+    sizes, without = _usual(parser, options.mutant)
+    options.nodes_for = {None: sizes, "both": nodes_of}.get(options.nodes, lambda _seed: int(options.nodes))
+    if options.without is not None:
+        without = tuple(kind.strip() for kind in options.without.split(",") if kind.strip())
+    options.without = without
+    _check_faults(parser, options.without)
     return options
 
 
-def _check_names(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """A name that nothing has would silently test nothing."""
+def _usual(parser: argparse.ArgumentParser, name: str) -> tuple[Callable[[int], int], tuple[str, ...]]:
+    """The size of cluster by seed, and the faults that are left out, where nothing else is asked for. A name that
+    nothing has would silently test nothing; so in `_check_faults`."""
+    if not name:
+        return nodes_of, ()
+    from tests.simulation.mutants import MUTANTS
+
+    if name not in MUTANTS:
+        parser.error(f"no such mutant: {name}; there are: {', '.join(MUTANTS)}")
+    return MUTANTS[name].nodes_for, MUTANTS[name].without
+
+
+def _check_faults(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     from tests.simulation.faults import FAULTS
 
-    unknown = [kind for kind in options.without if kind not in FAULTS]
+    unknown = [kind for kind in kinds if kind not in FAULTS]
     if unknown:
         parser.error(f"no such fault: {', '.join(unknown)}; there are: {', '.join(FAULTS)}")
-    if options.mutant:
-        from tests.simulation.mutants import MUTANTS
-
-        if options.mutant not in MUTANTS:
-            parser.error(f"no such mutant: {options.mutant}; there are: {', '.join(MUTANTS)}")
 
 
 def main(arguments: list[str]) -> int:
@@ -91,7 +106,7 @@ def _run_with() -> Callable[[Options], Outcome]:
 def _options(options: argparse.Namespace, seed: int) -> Options:
     (one,) = options_of(
         [seed],
-        nodes=options.nodes,
+        nodes=options.nodes_for(seed),
         duration_s=options.duration,
         mutant=options.mutant,
         without=options.without,

@@ -140,7 +140,8 @@ def active_faults(world: World) -> list[str]:
 
 
 def replay_command(options: Options) -> str:
-    """What a person types to see this run again."""
+    """What a person types to see this run again. Sizes and faults of a mutant that are its own need not be said, as
+    the command takes them by itself; the size is, for the reader."""
     standard = Options(seed=options.seed, nodes=options.nodes)
     if options == standard:
         return f"make sim SEED={options.seed} NODES={options.nodes}"
@@ -149,9 +150,16 @@ def replay_command(options: Options) -> str:
         words.append(f"--duration {options.duration_s:g}")
     if options.mutant:
         words.append(f"--mutant {options.mutant}")
-    if options.without:
+    if options.without != _left_out(options.mutant):
         words.append(f"--without {shlex.quote(','.join(options.without))}")
     return " ".join(words)
+
+
+def _left_out(mutant: str) -> tuple[str, ...]:
+    """Kinds of fault that the command leaves out by itself."""
+    from tests.simulation.mutants import MUTANTS  # late: they import the whole product
+
+    return MUTANTS[mutant].without if mutant in MUTANTS else ()
 
 
 def _entries(states: Sequence[NodeState], message: str) -> list[str]:

@@ -143,10 +143,6 @@ class Operator:
         except KvError as error:
             self._world.story.tell("operator", f"{what}: refused", name=name, code=error.code)
 
-    async def compact(self, revision: int) -> None:
-        """Forget history below a revision. Refused where it is forgotten already."""
-        await self._quietly(self.client.compact(revision))
-
     async def hand_over(self, name: str) -> None:
         await self.client.transfer_leader(name)
 

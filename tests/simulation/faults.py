@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from tests.simulation.machine import DISK_FAILURES
+from kvstore.errors import KvError
 from tests.simulation.rare_faults import RARE_FAULTS, RareFaults
 
 if TYPE_CHECKING:
@@ -53,13 +53,21 @@ FAULTS: dict[str, float] = {
     "replace": 1,
     **RARE_FAULTS,
 }
-KINDS_MIN = 6
+# Some of a run's kinds lie in wait for what may never come, and four have to happen in each run (`campaign.py`).
+KINDS_MIN = 8
+# Of `RARE_FAULTS`, those that strike later than they begin: they count when they strike.
+STRIKE_LATER = frozenset({"stall", "hasty removal"})
+# What a cluster of one cannot have: it has no links, nobody to hand over to, and nobody else who holds its data.
+NEED_TWO = frozenset({"delay", "slow link", "reset", "duplicate", "one way", "hand over", "replace"})
 # By so much faults come more seldom after the time of the run.
 PEACE = 4.0
 # Words of the log lines at which an ambush may strike, and what it waits for.
 MOMENTS = ("leads", "leads", "follows", "membership change", "installing a snapshot", "log restarts", "up")
 # Old messages that may be delivered again when two nodes are connected anew.
 KEPT_MESSAGES = 12
+# A disk stays full until something found no space, but no longer than this; meanwhile, what is removed from it is used
+# up again so often.
+FULL_MAX_S, FILL_EVERY_S = 15.0, 0.5
 
 
 class Nemesis(RareFaults):
@@ -69,7 +77,8 @@ class Nemesis(RareFaults):
         super().__init__()
         self.world = world
         self.chance = chance = Random(world.chance.getrandbits(64))
-        kinds = [kind for kind in FAULTS if kind not in world.options.without]
+        without = {*world.options.without, *(NEED_TWO if world.options.nodes == 1 else ())}
+        kinds = [kind for kind in FAULTS if kind not in without]
         self.kinds = sorted(chance.sample(kinds, chance.randint(min(KINDS_MIN, len(kinds)), len(kinds))))
         self._mean_pause_s = chance.choice([0.5, 1.0, 2.0])
         self._methods: dict[str, Callable[[], object]] = {
@@ -80,6 +89,7 @@ class Nemesis(RareFaults):
         self._task: asyncio.Task[None] | None = None
         self._kept: dict[tuple[str, str], list[bytes]] = {}
         self._stops: dict[str, str] = {}  # machine -> the kind of fault that will stop it inside a file operation
+        self._due: set[tuple[Machine, str]] = set()  # kinds of fault that lie in wait for what a machine does
 
     def begin(self) -> None:
         self.world.story.tell("faults", "kinds of this run", kinds=", ".join(self.kinds))
@@ -92,6 +102,7 @@ class Nemesis(RareFaults):
         self._task.result()
         world = self.world
         self._flips_due = 0
+        self._due.clear()
         world.clear_ambushes()
         world.network.heal()
         for machine in world.machines.values():
@@ -113,12 +124,24 @@ class Nemesis(RareFaults):
             if world.is_over:
                 return
             kind = chance.choices(self.kinds, self._weights)[0]
-            if self._methods[kind]() is not False:
+            if self._methods[kind]() is not False and kind not in STRIKE_LATER:
                 self._struck(kind)
 
     def _struck(self, kind: str) -> None:
         """It happened. A fault that lies in wait calls this itself when it does, and gives False."""
         self.world.counts.faults[kind] += 1
+
+    def met(self, machine: Machine, kind: str) -> None:
+        """A machine meets a fault of its own: it counts if it lay in wait, so the first time only."""
+        if (machine, kind) not in self._due:
+            return
+        self._due.discard((machine, kind))
+        self._struck(kind)
+        if kind == "full disk":
+            self._tell("no space was found", name=machine.name)
+            self.world.later(self._some_time_s(), self._free_space, machine)
+        elif kind == "failing sync":
+            self._restart_failed(machine)
 
     # --- choices ------------------------------------------------------------------------------------------------------
 
@@ -396,13 +419,19 @@ class Nemesis(RareFaults):
         mean_s = self.chance.choice([0.002, 0.02, 0.2])
         self._tell("slow disk", name=victim.name, mean_s=mean_s)
         chance = self.chance
-        victim.files.sync_takes = lambda: min(3.0 * mean_s, chance.expovariate(1.0 / mean_s))
+
+        def takes_s() -> float:
+            self.met(victim, "slow disk")
+            return min(3.0 * mean_s, chance.expovariate(1.0 / mean_s))
 
         def fast() -> None:
             victim.files.sync_takes = None
+            self._due.discard((victim, "slow disk"))
 
+        self._due.add((victim, "slow disk"))
+        victim.files.sync_takes = takes_s
         self.world.later(self._some_time_s(), fast)
-        return True
+        return False
 
     def _slow_apply(self) -> bool:
         victim = self._victim()
@@ -413,36 +442,48 @@ class Nemesis(RareFaults):
 
         def fast() -> None:
             victim.apply_takes_s = 0.0
+            self._due.discard((victim, "slow apply"))
 
+        self._due.add((victim, "slow apply"))
         self.world.later(self._some_time_s(), fast)
-        return True
+        return False
 
     def _failing_sync(self) -> bool:
         victim = self._victim()
         if victim is None:
             return False
         self._tell("the next sync fails", name=victim.name)
-        victim.expected_failures |= DISK_FAILURES
+        self._due.add((victim, "failing sync"))
         victim.files.fail_sync()
-        self._restart_failed(victim)
-        return True
+        return False
 
     def _full_disk(self) -> bool:
+        """Something finds no space: the log's next segment, a flush, or a snapshot; soon after, there is some again."""
         victim = self._victim()
-        if victim is None:
+        if victim is None or victim.files.capacity_bytes is not None:
             return False
         free_bytes = self.chance.choice([0, 200, 5_000, 40_000])
         self._tell("disk fills", name=victim.name, free_bytes=free_bytes)
-        victim.expected_failures |= DISK_FAILURES
-        files = victim.files
-        files.capacity_bytes = files.used_bytes + free_bytes
+        self._due.add((victim, "full disk"))
+        self._fill(victim, free_bytes, self.world.time.now_s + FULL_MAX_S)
+        return False
 
-        def free() -> None:
-            files.capacity_bytes = None
-            self._restart_failed(victim)
+    def _fill(self, victim: Machine, free_bytes: int, until_s: float) -> None:
+        if (victim, "full disk") not in self._due:
+            return
+        if self.world.time.now_s > until_s or victim.is_broken:
+            self._due.discard((victim, "full disk"))
+            self._free_space(victim)
+            return
+        files = victim.files  # another one if it was wiped
+        capacity_bytes = files.used_bytes + free_bytes
+        if files.capacity_bytes is None or files.capacity_bytes > capacity_bytes:
+            files.capacity_bytes = capacity_bytes
+        self.world.later(FILL_EVERY_S, self._fill, victim, free_bytes, until_s)
 
-        self.world.later(self._some_time_s(), free)
-        return True
+    def _free_space(self, machine: Machine) -> None:
+        machine.files.capacity_bytes = None
+        self._restart_failed(machine)
 
     def _restart_failed(self, machine: Machine) -> None:
         """An operator who finds a node whose disk failed restarts it; so soon that little time is lost."""
@@ -467,7 +508,7 @@ class Nemesis(RareFaults):
             victim.is_rotten = True
             victim.expected_failures |= {"wal_damaged", "state_damaged", "data_format_newer"}
         self._boot_later(victim, self._some_time_s())
-        return True
+        return bool(where)
 
     # --- clocks, history ----------------------------------------------------------------------------------------------
 
@@ -496,8 +537,20 @@ class Nemesis(RareFaults):
             return False
         revision = max(1, operator.client.revision - self.chance.randrange(20))
         self._tell("compaction", revision=revision)
-        self.world.spawn(operator.compact(revision))
-        return True
+        self.world.spawn(self._compact(revision))
+        return False
+
+    async def _compact(self, revision: int) -> None:
+        try:
+            await self.world.operator.client.compact(revision)
+        except KvError as error:  # it is compacted already, or nobody answers
+            self.world.story.tell("operator", "refused", code=error.code)
+        else:
+            self._struck("compaction")
+
+    def stalled(self) -> None:
+        """A process stood still between two readings of its clock, for the first time since it was to."""
+        self._struck("stall")
 
     # --- the cluster --------------------------------------------------------------------------------------------------
 
@@ -537,6 +590,21 @@ class Nemesis(RareFaults):
             victim.boot()
         self.world.later(self._some_time_s(), self._replaced, victim)
         return True
+
+    def _remove_one_that_lives(self) -> None:
+        """It strikes when the operator has removed somebody."""
+        operator, machines = self.world.operator, list(self.world.machines.values())
+        was_busy, removed = operator.is_busy, [machine for machine in machines if machine.is_removed]
+        super()._remove_one_that_lives()
+
+        def look() -> None:
+            if operator.is_busy:
+                self.world.later(0.1, look)
+            elif any(machine.is_removed and machine not in removed for machine in machines):
+                self._struck("hasty removal")
+
+        if operator.is_busy and not was_busy:
+            look()
 
     def _replaced(self, victim: Machine) -> None:
         """The operator replaces it, once there is time for it."""

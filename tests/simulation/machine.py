@@ -13,6 +13,7 @@ Time as a process sees it: its monotonic clock runs a little fast or slow, its w
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from kvstore.errors import StartupError
 from kvstore.model import Member
 from kvstore.server.assembly import build_node
 from kvstore.server.node import ServerNode, ServerOptions
-from tests.fake_files import FaultyFiles, Stopped, keep_random
+from tests.fake_files import FaultyFile, FaultyFiles, Stopped, keep_random
 from tests.fake_network import run
 from tests.simulation.loop import VirtualLoop
 from tests.simulation.outcome import Violation
@@ -52,10 +53,12 @@ class MachineClock:
         self.jump_ms = 0
         self._stall_readings = 0
         self._stall_share = self._stall_s = 0.0
+        self._has_stalled = False
 
     def stalls(self, readings: int, share: float, seconds: float) -> None:
         """Of the next so many readings, at this share, the process stands still for so long before it goes on."""
         self._stall_readings, self._stall_share, self._stall_s = readings, share, seconds
+        self._has_stalled = False
 
     def monotonic(self) -> float:
         machine = self._machine
@@ -63,6 +66,9 @@ class MachineClock:
             self._stall_readings -= 1
             if machine.chance.random() < self._stall_share:
                 machine.block(self._stall_s)
+                if not self._has_stalled:
+                    self._has_stalled = True
+                    machine.world.nemesis.stalled()
         now_s = self._time.now_s
         if machine.ready_at_s > now_s:
             now_s = machine.ready_at_s
@@ -203,6 +209,49 @@ class StoryLog:
     warning = error = info
 
 
+class _Disk(FaultyFiles):
+    """Tells when it fails: from then on its machine's node may say so, and the fault counts."""
+
+    machine: Machine
+
+    def open(self, path: str, create: bool = False) -> FaultyFile:
+        super().open(path, create)
+        return _DiskFile(self, self._inode(path), path)
+
+    def take_sync_failure(self) -> bool:
+        fails = super().take_sync_failure()
+        if fails:
+            self.fails("failing sync")
+        return fails
+
+    def fails(self, kind: str) -> None:
+        machine = self.machine
+        machine.expected_failures |= DISK_FAILURES
+        machine.world.nemesis.met(machine, kind)
+
+
+class _DiskFile(FaultyFile):
+    _files: _Disk
+
+    def write_at(self, *arguments: Any) -> None:
+        try:
+            super().write_at(*arguments)
+        except OSError as error:
+            self._failed(error)
+            raise
+
+    def allocate(self, size_bytes: int) -> None:
+        try:
+            super().allocate(size_bytes)
+        except OSError as error:
+            self._failed(error)
+            raise
+
+    def _failed(self, error: OSError) -> None:
+        if error.errno == errno.ENOSPC:
+            self._files.fails("full disk")
+
+
 class _Storage(FileStorage):
     """Its machine may be slow at applying; and, as RocksDB does, it may flush by itself after any batch."""
 
@@ -213,6 +262,7 @@ class _Storage(FileStorage):
         machine = self.machine
         if machine.apply_takes_s:
             machine.block(machine.apply_takes_s)
+            machine.world.nemesis.met(machine, "slow apply")
         if machine.chance.random() < OWN_FLUSH_SHARE and machine.may_flush:
             self.flush()
 
@@ -224,8 +274,7 @@ class Machine:
         self.world = world
         self.name = name
         self.chance = Random(world.chance.getrandbits(64))
-        self.files = FaultyFiles(Random(world.chance.getrandbits(64)))
-        self.files.on_slow = self.block
+        self.files = self._new_disk(Random(world.chance.getrandbits(64)))
         self.peer_address = f"127.0.0.{number}:7410"
         self.client_address = f"127.0.0.{number}:7420"
         self.ready_at_s = 0.0
@@ -236,7 +285,7 @@ class Machine:
         self.process: Process | None = None
         self.node: ServerNode | None = None
         self.starting: ServerNode | None = None
-        # Codes with which this machine's node may stop taking part; whoever injects a fault adds them.
+        # Codes with which this machine's node may stop taking part; a fault adds them when it strikes.
         self.expected_failures: set[str] = set()
         # Why its disk is of no more use: nothing of it may be needed again, and it is to be replaced.
         self.is_broken = ""
@@ -329,9 +378,14 @@ class Machine:
     def wipe(self) -> None:
         """All that was on the disk is gone; nothing may rely on this machine again under its present name and id."""
         assert self.process is None
-        self.files = FaultyFiles(Random(self.chance.getrandbits(64)))
-        self.files.on_slow = self.block
+        self.files = self._new_disk(Random(self.chance.getrandbits(64)))
         self.is_broken = "wiped"
+
+    def _new_disk(self, chance: Random) -> _Disk:
+        disk = _Disk(chance)
+        disk.machine = self
+        disk.on_slow = self.block
+        return disk
 
     def kill(self) -> None:
         """SIGKILL: what was written stays written."""

@@ -4,9 +4,9 @@
     python -m tests.simulation.mutation_table --only NAME …     these; the other rows of the table stay
 
 A mutant is caught by a run that ends in a violation, where the same run of the product as it is does not. The seeds
-are those of the campaign, from 1 on, odd ones with three nodes and even ones with five (a few mutants say otherwise),
-and all faults; what a mutant survives for `SEEDS` runs it survives for good: it is printed, and the exit code is 1. A
-run that hangs, dies or raises inside of the simulation catches nothing.
+are those of the campaign, from 1 on, odd ones with three nodes and even ones with five, and all faults (a few mutants
+say otherwise, and a note above the table says which); what a mutant survives for `SEEDS` runs it survives for good: it
+is printed, and the exit code is 1. A run that hangs, dies or raises inside of the simulation catches nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from msgspec import Struct, field, structs
 
+from tests.simulation.campaign import NODES
 from tests.simulation.mutants import MUTANTS, Mutant
 from tests.simulation.mutants.rules import PAGE as RULES_PAGE
 from tests.simulation.mutants.rules import read_rules
@@ -162,7 +163,26 @@ def write_table(page: str, trials: Sequence[Trial], seeds: int, *, complete: boo
     rows |= {trial.mutant.name: row_of(trial, seeds) for trial in trials}
     order = [rule.mutant for rule in read_rules(RULES_PAGE.read_text(encoding="utf-8")).values()]
     table = "".join(rows[name] for name in order if name in rows)
-    return f"{before}{BEGIN}\n\n{_HEAD}{table}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{_note([MUTANTS[name] for name in order if name in rows])}{_HEAD}{table}\n{END}{after}"
+
+
+def _note(mutants: Sequence[Mutant]) -> str:
+    """Which rows ran otherwise than a campaign does."""
+    others: dict[tuple[tuple[int, ...], tuple[str, ...]], list[str]] = {}
+    for mutant in mutants:
+        if mutant.nodes != NODES or mutant.without:
+            others.setdefault((mutant.nodes, mutant.without), []).append(f"`{mutant.name}`")
+    lines = []
+    for (sizes, without), names in others.items():
+        how = f"clusters of {' and '.join(map(str, sizes))} only"
+        if without:
+            how += f", without {', '.join(f'`{kind}`' for kind in without)}"
+        lines.append(f"- {how}: {', '.join(names)}\n")
+    if not lines:
+        return ""
+    return (
+        f"Odd seeds are clusters of 3, even ones of 5, with all faults; but these ran otherwise:\n\n{''.join(lines)}\n"
+    )
 
 
 def _summary(trials: Sequence[Trial]) -> str:

@@ -11,13 +11,16 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 from msgspec import Raw
 
 from kvstore import codec
 from kvstore.errors import KvError
 from kvstore.model import Member, Range, RangeResult
+from kvstore.raft import messages
+from kvstore.raft.fsm import EntryKind
 
 if TYPE_CHECKING:
     from tests.simulation.machine import Machine
@@ -39,6 +42,7 @@ RARE_FAULTS: dict[str, float] = {
     "burst of reads": 2,
     "deposed and back": 5,
     "mute successor": 1,
+    "junk message": 1,
 }
 # Old requests of clients that may come again.
 KEPT_REQUESTS = 16
@@ -56,6 +60,8 @@ BURST_READS, BURST_S = 600, 1.0
 SLEEPS_S = 0.5
 # What a node heard last.
 KEPT_HEARD = 40
+# A few that cannot be read, and a few that can; within a moment, in which the leader says true things as well.
+JUNK_MESSAGES, JUNK_S = 12, 0.5
 # An install is eight operations on files; a start is some twenty, and those of a first one are more.
 INSTALL_OPERATIONS, START_OPERATIONS = 10, 40
 # What a machine is up for that is to lose power again; the time until a removal's consequences are on the disk.
@@ -63,6 +69,40 @@ REPRIEVE_S, MOMENT_S = 1.0, 0.01
 # Of so many readings of its clock, which are those of a few busy seconds, a process stalls at this share, for so long:
 # the engine takes commands for 0.1 s of its clock in one tick.
 STALL_READINGS, STALL_SHARE, STALL_S = 400, 0.02, 0.15
+# Well framed, and no message: not msgpack, cut short, no array, of no kind, of kinds that the engine alone knows, with
+# fields of wrong types, too few, too many, or numbers that can be no index or term.
+UNREADABLE: tuple[bytes, ...] = (
+    b"\xc1",
+    b"\xdc",
+    b"\x91" * 3000,
+    messages.encode(messages.AppendEntries(1, 1, 1, 1, ((1, b"\x01"),)))[:-1],
+    *(
+        msgspec.msgpack.encode(words)
+        for words in (
+            None,
+            {"type": "apply_command", "command": b"\x00"},
+            {"type": "append_entries", "transmission": "start", "data": b""},
+            [],
+            [0, 1],
+            [99, 1, 1, 1],
+            ["apply_command", b"\x00"],
+            [b"apply_command_response", 1, None, 0],
+            [1, 1, 1, 1, 1, "entries"],
+            [1, 1, 1, 1, 1, [[1, 7]]],
+            [1, "2", 1, 1, 1, []],
+            [1, 1, 1, 1],
+            [2, 1, 1, True, "more"],
+            [2, 1, -1, True],
+            [2, 1, 1 << 62, True],
+            [2, 1 << 63, 1, True],
+            [3, 1.5, 1, 1, False],
+            [4, None],
+            [7, [1]],
+            [8, True],
+            [10, 1],
+        )
+    ),
+)
 
 
 class RareFaults:
@@ -320,6 +360,52 @@ class RareFaults:
 
         world.later(0.5 + self.chance.random(), heal)
         return True
+
+    # --- what no node of ours says ------------------------------------------------------------------------------------
+
+    def _junk_message(self) -> bool:
+        """A node gets messages over its connection with a peer, often the leader, that no peer sends: what cannot be
+        read, and appends that no leader makes. They must change nothing. (Forged acknowledgements, votes and terms are
+        not among them: a peer that says with its own name what could be true is believed.)"""
+        world = self.world
+        sender = self._victim()
+        others = [machine for machine in world.machines.values() if machine.is_up and machine is not sender]
+        if sender is None or not others:
+            return False
+        receiver = self.chance.choice(others)
+        self._tell("junk", sender=sender.name, to=receiver.name, messages=JUNK_MESSAGES)
+        for _ in range(JUNK_MESSAGES):
+            world.later(JUNK_S * self.chance.random(), self._send_junk, sender, receiver)
+        return True
+
+    def _send_junk(self, sender: Machine, receiver: Machine) -> None:
+        if sender.process is None or sender.node is None or receiver.node is None or self.world.is_over:
+            return
+        theirs, ours = cast("Any", sender.node.raft), cast("Any", receiver.node.raft)
+        if self.chance.random() < 0.5:
+            body = self.chance.choice(UNREADABLE)
+        else:
+            wal = ours._wal
+            body = messages.encode(self._forged(max(theirs._engine.term, 1), wal.last_index, wal.last_term))
+        # Not by the node's own `transport.send`, at which its promises are judged: this is none of its own.
+        transport = theirs._transport
+        sender.process.run(type(transport).send, transport, receiver.name, body)
+
+    def _forged(self, term: int, last_index: int, last_term: int) -> messages.AppendEntries:
+        """An append behind the receiver's last entry, in the sender's term, with an entry that no leader makes."""
+        chance = self.chance
+        good = (term, bytes([EntryKind.NOOP]))
+        entries = chance.choice(
+            [
+                [(term, b"")],
+                *([(term, bytes([kind]) + b"junk")] for kind in (0, 2, 3, 255)),
+                [good, (term, b"\x00command")],
+                [(term, bytes([EntryKind.MEMBERS]) + b"\xc1")],
+                [(term + 1, good[1])],  # of a later term than its leader's
+                [good, (max(term - 1, 0), good[1])],  # of an earlier one than the entry before it
+            ]
+        )
+        return messages.AppendEntries(term, last_index + chance.randrange(3), last_index, last_term, tuple(entries))
 
     # --- many reads ---------------------------------------------------------------------------------------------------
 

@@ -12,19 +12,25 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
 from rich.console import Console
 
+from kvstore import Client, StartupError, Unavailable
+from kvstore.server.node import ServerNode
 from tests.simulation import __main__ as command
 from tests.simulation import conduct
 from tests.simulation.autopsy import NodeState, autopsy, autopsy_of, replay_command
 from tests.simulation.campaign import Summary, campaign, nodes_of, options_of
 from tests.simulation.checks import RULES, Checks
-from tests.simulation.faults import FAULTS
+from tests.simulation.faults import FAULTS, FULL_MAX_S, NEED_TWO
+from tests.simulation.machine import DISK_FAILURES
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.mutation_table import BEGIN, END, Trial, write_table
 from tests.simulation.outcome import Counts, Options, Outcome, Violation
 from tests.simulation.pool import DIED, HANGS, RAISED, outcomes
 from tests.simulation.report import coloured
@@ -303,6 +309,23 @@ def test_the_page_names_every_check() -> None:
     assert {*RULES, *conduct.RULES} - set(re.findall(r"(?<!\*)\*([^*|]+)\*(?!\*)", promises)) == set()
 
 
+def test_the_story_on_the_page_is_told_by_the_command_beside_it() -> None:
+    """Where this fails, the seed has become another run: look for another one with `--seeds 30 --fail-fast` instead of
+    `--seed`, and let the page tell that one's story."""
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    section = page.partition("\n## How to replay a failure")[2].partition("\n## ")[0]
+    told = section.partition("```\n")[2].partition("```")[0].splitlines()
+    (replay,) = (line for line in told if line.startswith("replay it: "))
+    arguments = _arguments(replay)
+    # A process of its own: the hash seed is settled when Python starts.
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.simulation", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1, ended.stdout[-1000:]
+    lines = {line.rstrip() for line in ended.stdout.splitlines()}
+    assert [line for line in told if line.strip() and line not in lines] == []
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +335,34 @@ def test_names_that_nothing_has_are_refused(capsys: pytest.CaptureFixture[str]) 
             command.parse(["--seeds", "1", *arguments])
         assert refused.value.code == 2
     assert "no such fault: kil; there are: " in capsys.readouterr().err
+
+
+def test_a_mutant_runs_with_its_own_sizes_and_faults_unless_others_are_asked_for() -> None:
+    name = "sole_voter_commits_what_it_has_not_synced"
+    own = MUTANTS[name].without
+    assert own
+
+    def options(*arguments: str) -> Options:
+        return command._options(command.parse(["--seed", "4", "--mutant", name, *arguments]), 4)
+
+    for asked, expected in (
+        ([], Options(seed=4, nodes=1, mutant=name, without=own)),
+        (["--nodes", "3", "--without", "kill"], Options(seed=4, nodes=3, mutant=name, without=("kill",))),
+        (["--nodes", "both", "--without", ""], Options(seed=4, nodes=5, mutant=name)),
+    ):
+        assert options(*asked) == expected
+        assert options(*_arguments(replay_command(expected))[2:]) == expected, "what is printed replays it"
+    assert "--without" not in replay_command(options())
+
+
+def test_the_table_says_which_mutants_ran_otherwise() -> None:
+    names = ["sole_voter_commits_what_it_has_not_synced", "no_pre_vote", "acknowledgements_of_other_terms"]
+    page = write_table(f"{BEGIN}{END}", [Trial(MUTANTS[name]) for name in names], 200, complete=True)
+    notes = page.partition("| rule |")[0]
+    assert "clusters of 1 only, without `delay`, " in notes
+    assert f"- clusters of 5 only: `{names[2]}`\n" in notes
+    assert names[1] not in notes
+    assert write_table(page, [], 200, complete=False) == page
 
 
 def test_what_replays_a_run_names_all_that_is_not_standard() -> None:
@@ -418,6 +469,70 @@ def test_the_autopsy_of_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "around entry 3  " in text
     assert f"{cut[0]}-{cut[1]} cut" in text
     assert f"{cut[0]} has its wall clock +5.0 s" in text
+
+
+def _raising(error: Exception) -> Callable[..., object]:
+    async def call(*_arguments: object, **_options: object) -> None:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("rule", "owner", "name", "broken"),
+    [
+        ("liveness", World, "leader", lambda _world: None),
+        ("hand-over", Client, "transfer_leader", _raising(Unavailable("Nobody answers", code="timeout"))),
+        ("starts again", ServerNode, "start", _raising(StartupError("It is damaged", code="wal_damaged"))),
+        ("no exception", ServerNode, "start", _raising(RuntimeError("a bug"))),
+    ],
+)
+def test_rules_of_the_run_itself_are_broken_by_what_breaks_them(
+    rule: str, owner: type, name: str, broken: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    # Of two, the exam always hands over to the other one.
+    without = tuple(kind for kind in FAULTS if kind != "clock jump")
+    calm = Options(seed=1, nodes=2, duration_s=1.0, without=without)
+    assert run(calm).rule == rule
+
+
+def test_a_fault_of_a_disk_counts_when_it_strikes_and_only_then_may_a_node_fail() -> None:
+    world = World(Options(seed=1), Random(1))
+    machine, nemesis, faults = world.machines["n1"], world.nemesis, world.counts.faults
+    nemesis._victim = lambda: machine  # type: ignore[method-assign]
+    file = machine.files.open("/file", create=True)
+    nemesis._full_disk()
+    nemesis._failing_sync()
+    nemesis._slow_disk()
+    assert not faults
+    assert not machine.expected_failures
+    with pytest.raises(OSError, match="No space"):
+        file.allocate(1 << 20)
+    assert faults == {"full disk": 1}
+    assert machine.expected_failures == DISK_FAILURES
+    for _ in range(2):
+        with suppress(OSError):
+            file.sync()
+    with pytest.raises(OSError, match="No space"):
+        file.write_at(0, [bytes(1 << 20)])
+    assert faults == {"full disk": 1, "failing sync": 1, "slow disk": 1}
+
+
+def test_a_disk_that_nobody_fills_is_given_back() -> None:
+    world = World(Options(seed=1), Random(1))
+    machine, nemesis = world.machines["n1"], world.nemesis
+    nemesis._victim = lambda: machine  # type: ignore[method-assign]
+    nemesis._full_disk()
+    assert machine.files.capacity_bytes is not None
+    world.time.advance(2 * FULL_MAX_S)
+    assert machine.files.capacity_bytes is None
+    assert not world.counts.faults
+    assert not machine.expected_failures
+
+
+def test_a_cluster_of_one_has_no_fault_that_needs_two() -> None:
+    assert not set(World(Options(seed=1, nodes=1), Random(1)).nemesis.kinds) & NEED_TWO
 
 
 # --- shrinking --------------------------------------------------------------------------------------------------------

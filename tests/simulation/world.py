@@ -149,6 +149,9 @@ class World:
         # Some runs have patient clients: a session may expire while a call that began in it is still tried.
         self.call_timeout_s = chance.choice([CALL_TIMEOUT_S, 4.0 * CALL_TIMEOUT_S])
         self.is_over = False  # clients and faults stop
+        # Elections up to the begin of the nemesis, and up to its end: the first one is no fault's, nor are the exam's.
+        self._elections_before = 0
+        self._elections_until: int | None = None
         self.machines: dict[str, Machine] = {}
         self.retired: list[Machine] = []
         self._machine_count = 0
@@ -175,6 +178,8 @@ class World:
             self.found = self.found or violation
         finally:
             self._abandon(main)
+        until = self.counts.elections if self._elections_until is None else self._elections_until
+        self.counts.elections = until - self._elections_before
         history = self.history
         self.counts.client_operations = len(history.entries)
         self.counts.acknowledged = history.count(Answered.OK)
@@ -209,6 +214,7 @@ class World:
             await workload.set_up(self.operator.client)
         self.workers = [Worker(self, number, self.workloads, PAUSE_S) for number in range(1, WORKERS + 1)]
         enough = len(self.history.entries) + self.options.duration_s * OPERATIONS_PER_S
+        self._elections_before = self.counts.elections
         self.nemesis.begin()
         self._sample_leadership()
         await asyncio.sleep(self.options.duration_s)
@@ -218,6 +224,7 @@ class World:
         self.is_over = True
         self.story.tell("world", "everything heals now")
         await self.nemesis.end()
+        self._elections_until = self.counts.elections
         await self._settle()
         for worker in self.workers:
             await worker.ended()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, cast
 
 import pytest
 
-from tests.checkers.history import Entry
+from kvstore import Client, Unavailable
+from tests.checkers.history import Entry, History
 from tests.checkers.locks import (
     Acquire,
     End,
@@ -21,6 +23,7 @@ from tests.checkers.locks import (
 )
 from tests.checkers.scenario import failed, ok, unknown
 from tests.checkers.verdict import Inconsistent
+from tests.workloads import locks as workload
 
 
 # An event's place is also its time in seconds here.
@@ -159,3 +162,22 @@ def test_one_that_holds_it_and_is_not_there() -> None:
 
 def test_one_that_gets_it_too_late() -> None:
     bad("lock_entered_lost", acquired(0, 5, valid_for_s=0.0))
+
+
+class Deaf:
+    """A client that reaches nobody."""
+
+    def __getattr__(self, _name: str) -> Any:
+        async def call(*_arguments: Any, **_options: Any) -> None:
+            raise Unavailable("It was not sent", code="timeout")
+
+        return call
+
+
+async def test_one_that_is_not_to_be_had_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workload, "LAST_S", 0.01)
+    locks = workload.LockWorkload(History(asyncio.get_running_loop().time), timeout_s=0.01, locks=1)
+    await locks.finish(cast(Client, Deaf()))
+    with pytest.raises(Inconsistent) as caught:
+        locks.check()
+    assert caught.value.rule == "lock_stays"

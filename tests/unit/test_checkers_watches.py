@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
 import pytest
 
-from kvstore.model import Event, Record
-from tests.checkers.history import Entry
+from kvstore import Client, Refused
+from kvstore.model import Event, PutResult, Record
+from tests.checkers.history import Entry, History
 from tests.checkers.scenario import failed, ok, unknown
 from tests.checkers.verdict import Inconsistent
 from tests.checkers.watches import Change, Segment, check_watches
+from tests.workloads import watches as workload
 
 
 def put(revision: int, key: bytes, value: bytes, before: bytes | None = None) -> Event:
@@ -86,3 +92,48 @@ def test_two_watchers_that_saw_different_things() -> None:
     bad("watches_disagree", seen(FIRST, SECOND, THIRD, FOURTH), other)
     bad("watches_disagree", seen(FIRST, SECOND, to=5), other)
     check_watches(CHANGES, [seen(FIRST, SECOND, to=3), other])
+
+
+# --- what the workload itself finds -----------------------------------------------------------------------------------
+
+
+class FakeWatches:
+    """A client whose watches are refused with an error, or stand, and then hear nothing for ever."""
+
+    next_revision = 1
+
+    def __init__(self, refusal: Refused | None) -> None:
+        self.refusal = refusal
+
+    def watch(self, **_arguments: Any) -> FakeWatches:
+        return self
+
+    async def standing(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def revisions(self) -> AsyncIterator[tuple[Event, ...]]:
+        await asyncio.Event().wait()
+        yield ()
+
+    async def close(self) -> None: ...
+
+    async def put(self, *_arguments: Any, **_options: Any) -> PutResult:
+        return PutResult(revision=5)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "rule"),
+    [(None, "watch_stalls"), (Refused("Junk was sent", code="bad_request"), "watch_refused")],
+)
+async def test_a_watch_that_stalls_or_is_refused(
+    refusal: Refused | None, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "LAST_LOOK_S", 0.01)
+    kv = cast(Client, FakeWatches(refusal))
+    watches = workload.WatchWorkload(History(asyncio.get_running_loop().time), timeout_s=1.0)
+    await watches.set_up(kv)
+    await watches.finish(kv)
+    with pytest.raises(Inconsistent) as caught:
+        watches.check()
+    assert caught.value.rule == rule

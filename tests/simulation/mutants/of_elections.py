@@ -1,4 +1,4 @@
-"""Mutants of the guard's rules about votes, terms, hand-overs and membership changes (G5 to G7, G9, G11)."""
+"""Mutants of the guard's rules about votes, terms, hand-overs and membership changes (G5 to G7, G9)."""
 
 from __future__ import annotations
 
@@ -149,12 +149,3 @@ def leader_removes_itself(patches: Patches) -> None:
 def removed_node_is_not_told(patches: Patches) -> None:
     """A node that was removed asks for pre-votes and is not told that it was removed."""
     patches.rewrite(Guard, "_pre_vote", ("granted, removed))]", "granted, False))]"))
-
-
-# --- G11: what makes no sense here ------------------------------------------------------------------------------------
-
-
-@mutant("G11d")
-def acknowledgements_of_strangers(patches: Patches) -> None:
-    """The engine is given acknowledgements of nodes that are no members (any more)."""
-    patches.rewrite(Guard, "_append_reply", ("if self.members.get(peer) is None:", "if False:"))

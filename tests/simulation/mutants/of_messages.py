@@ -1,8 +1,9 @@
-"""Mutants of the guard's rules about replicating the log: stamps, appends, acknowledgements, snapshots (G1 to G4,
-G8)."""
+"""Mutants of the guard's rules about replicating the log: stamps, appends, acknowledgements, snapshots, and what is no
+message (G1 to G4, G8, G11)."""
 
 from __future__ import annotations
 
+from kvstore.raft import guard as guard_module
 from kvstore.raft.engine import Engine
 from kvstore.raft.guard import Guard
 from kvstore.raft.node import RaftNode
@@ -143,3 +144,18 @@ def snapshot_acknowledged_when_offered(patches: Patches) -> None:
 def snapshot_replaces_a_longer_log(patches: Patches) -> None:
     """A snapshot is installed though the log holds its last entry, or is committed past it."""
     patches.replace(RaftNode, "_holds", lambda _self, _checkpoint: False)
+
+
+# --- G11: what no node of ours says -----------------------------------------------------------------------------------
+
+
+@mutant("G11b")
+def unreadable_message_raises(patches: Patches) -> None:
+    """Bytes that are no message raise in the turn that reads them."""
+    patches.rewrite(RaftNode, "_receive_all", ('self._guard.dropped["malformed"] += 1', "raise"))
+
+
+@mutant("G11d")
+def malformed_appends_are_taken(patches: Patches) -> None:
+    """An append is taken with whatever entries it has: empty, of the engine's own kinds, of terms that cannot be."""
+    patches.replace(guard_module, "_well_formed", lambda _message: True)

@@ -8,6 +8,7 @@ import pysyncobj.syncobj
 from kvstore.raft import engine as engine_module
 from kvstore.raft import node as node_module
 from kvstore.raft.engine import Engine, _WalJournal
+from kvstore.raft.guard import Guard
 from kvstore.raft.members import Configuration
 from kvstore.raft.node import RaftNode
 from kvstore.raft.proposals import Proposals
@@ -102,6 +103,12 @@ def learners_count_for_commits(patches: Patches) -> None:
         raise Outdated("the engine counts who holds an entry in another way now")
     compiled = engine_module._source()[0], compile(source.replace(old, new), path, "exec")
     patches.replace(engine_module, "_source", lambda: compiled)
+
+
+@mutant("S7d")
+def acknowledgements_of_strangers(patches: Patches) -> None:
+    """The engine is given acknowledgements of nodes that are no members (any more)."""
+    patches.rewrite(Guard, "_append_reply", ("if self.members.get(peer) is None:", "if False:"))
 
 
 # --- S8: elections ----------------------------------------------------------------------------------------------------

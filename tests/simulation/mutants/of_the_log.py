@@ -63,10 +63,39 @@ def reset_does_not_record_the_term(patches: Patches) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@mutant("D4")
+@mutant("D4a")
 def new_segment_without_a_directory_sync(patches: Patches) -> None:
     """A new segment gets its name, and the directory is not synced."""
     patches.rewrite(Wal, "_create_segment", ("self._files.sync_dir(self._directory)", "pass"))
+
+
+@mutant("D4b")
+def first_batch_of_a_segment_is_not_synced(patches: Patches) -> None:
+    """A new segment is synced with its header alone, and gets its name before the batch in it is on the disk."""
+    patches.rewrite(
+        Wal,
+        "_create_segment",
+        ("file.write_at(0, [head, *batch.buffers, ", "file.write_at(0, [head])\n        later = ([*batch.buffers, "),
+        ("file.sync()", "file.sync()\n        file.write_at(len(head), later)"),
+    )
+
+
+@mutant("D4c")
+def new_segment_has_its_name_at_once(patches: Patches) -> None:
+    """A new segment is made under its own name, so that one which was not finished is there as well."""
+    patches.rewrite(
+        Wal,
+        "_create_segment",
+        ('temporary = f"{self._directory}/{_TEMPORARY}"', "temporary = batch.segment.path"),
+        ("self._files.rename(temporary, batch.segment.path)", "pass"),
+    )
+
+
+@mutant("D4d")
+def segment_that_is_found_is_trusted(patches: Patches) -> None:
+    """A log is opened without syncing its directory, though the process that renamed its last segment may have died
+    before it did."""
+    patches.rewrite(Wal, "_load", ("self._files.sync_dir(self._directory)", "pass"))
 
 
 @mutant("D5a")
