@@ -103,7 +103,11 @@ async def _catch_up(
 async def _caught_up(client: Client, node: ServerNode, report: Report) -> bool:
     leader = await client.status()
     applied = node.status().applied_index
-    report(min(applied, leader.commit_index), leader.commit_index)
+    received, size = node.raft.status().receiving_bytes
+    if size:
+        report(received >> 20, size >> 20, "snapshot, MiB")
+    else:
+        report(min(applied, leader.commit_index), leader.commit_index, "entries")
     return applied >= leader.commit_index
 
 

@@ -6,9 +6,9 @@ import base64
 import binascii
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -17,8 +17,10 @@ from kvstore.model import Record
 # Where nobody looks at it a line may be as long as it is: a pipe must not cut values.
 _WIDTH_UNBOUNDED = 16 * 1024 * 1024
 
-# How many are done, and of how many (0: nobody knows).
-Report = Callable[[int, int], None]
+
+class Report(Protocol):
+    def __call__(self, done: int, total: int, what: str = "") -> None:
+        """How many are done, and of how many (0: nobody knows); `what` they are, where that changes."""
 
 
 def to_bytes(text: str, encoding: str) -> bytes:
@@ -94,13 +96,22 @@ def print_records(records: Iterable[Record], encoding: str) -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
-    """A bar on stderr, where that is a terminal. Gives a function that takes how many are done, and of how many (0:
-    nobody knows)."""
+    """A bar on stderr, where that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+        def report(done: int, total: int, what: str = what) -> None:
+            bar.update(task, completed=done, total=total or None, description=what)
+
+        yield report

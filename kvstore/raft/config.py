@@ -30,7 +30,8 @@ class RaftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     """`role` is leader, candidate, follower, learner, removed or failed. `storage_error` says what failed.
-    `common_version` is what all members understand, as far as this node has heard from them; else 0."""
+    `common_version` is what all members understand, as far as this node has heard from them; else 0.
+    `receiving_bytes`: how much of a snapshot has arrived here, and how large it is; zeroes while none does."""
 
     role: str
     leader: str
@@ -42,6 +43,7 @@ class RaftStatus(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[PeerStatus, ...]
     storage_error: str
     common_version: int
+    receiving_bytes: tuple[int, int]
     dropped: Mapping[str, int]
 
 

@@ -275,6 +275,7 @@ class RaftNode:
             ),
             storage_error=self._failure.message if self._failure else "",
             common_version=self._roster.common_version,
+            receiving_bytes=self._snapshots.receiving_bytes,
             dropped=dict(self._guard.dropped),
         )
 

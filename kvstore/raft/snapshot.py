@@ -103,6 +103,11 @@ class Snapshots:
         """True while a thread may be using the state machine."""
         return self._worker.is_busy
 
+    @property
+    def receiving_bytes(self) -> tuple[int, int]:
+        """How much of a snapshot has arrived here, and how large it is; zeroes while none does."""
+        return self._receiver.progress
+
     def cancel(self, peer: str) -> None:
         """Stop sending to a peer, if a snapshot is on its way to it. `done` follows, with code `closed`."""
         order = self._orders.pop(peer, None)

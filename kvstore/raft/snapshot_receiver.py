@@ -175,6 +175,12 @@ class SnapshotReceiver:
         """After `stop`: wait until no thread works here any more."""
         await self._worker.finish()
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes that are written, and bytes in all, of the snapshot that is on its way here; else zeroes."""
+        partial = self._partial
+        return (sum(partial.positions), partial.offer.size_bytes) if partial is not None else (0, 0)
+
     # --- what the sender says -----------------------------------------------------------------------------------------
 
     def offered(self, inbound: _Inbound, offer: Offer) -> None:

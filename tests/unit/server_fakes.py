@@ -103,6 +103,7 @@ class FakeStatus:
     peers: tuple[model.PeerStatus, ...] = ()
     storage_error = ""
     common_version = versions.VERSION
+    receiving_bytes = (0, 0)
 
 
 class FakeRaft:

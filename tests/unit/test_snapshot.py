@@ -111,6 +111,23 @@ def test_messages_pass_while_a_snapshot_is_on_its_way() -> None:
     world.stop()
 
 
+def test_it_says_how_much_has_arrived() -> None:
+    world = World("n1", "n2", bytes_per_s=MIB)
+    sender, receiver = world.nodes["n1"], world.nodes["n2"]
+    assert receiver.snapshots.receiving_bytes == (0, 0)
+    sender.send("n2")
+    looks = []
+    while "n2" not in sender.results:
+        looks.append(receiver.snapshots.receiving_bytes)
+        world.time.advance(0.1)
+    arrived = [done for done, size in looks if size]
+    size = max(size for _, size in looks)
+    assert arrived == sorted(arrived)
+    assert len(set(arrived)) >= 3, "by chunks"
+    assert size >= max(arrived) > size / 2
+    assert receiver.snapshots.receiving_bytes == (0, 0)
+
+
 def test_the_rate_is_bounded_for_all_snapshots_together() -> None:
     world = World("n1", "n2", "n3", bytes_per_s=MIB)
     sender = world.nodes["n1"]
