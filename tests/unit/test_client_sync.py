@@ -178,6 +178,15 @@ def test_a_generator_that_is_collected_on_the_client_s_thread(kv: SyncClient) ->
     assert kv.get(b"1") is not None
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Who runs the tests in the background has Ctrl-C ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_it_waits_for_a_lock(kv: SyncClient) -> None:
     queue = lock_prefix("a")
     with kv.lock("a"):
@@ -192,6 +201,7 @@ def test_ctrl_c_while_it_waits_for_a_lock(kv: SyncClient) -> None:
     assert kv.range(prefix=queue, count_only=True).count == 0
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_it_reads(kv: SyncClient) -> None:
     kv.txn(success=[Put(b"%d" % number, b"") for number in range(200)])
     watch = kv.watch(prefix=b"k")
