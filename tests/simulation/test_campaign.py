@@ -164,6 +164,8 @@ def run(options):
 
 command._run_with = lambda: run
 sys.argv = ["simulation", *sys.argv[1:]]
+# Who runs the tests in the background has Ctrl-C ignored, and Python leaves it so.
+command.signal.signal(command.signal.SIGINT, command.signal.default_int_handler)
 command.signal.signal(command.signal.SIGTERM, command._interrupted)
 sys.exit(command.main(["--seeds", "10", "--jobs", "2"]))
 """
