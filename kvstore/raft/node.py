@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvstore.env import Environment, Log
-from kvstore.errors import InternalError, KvError, Refused, StartupError, Unavailable
+from kvstore.errors import InternalError, KvError, StartupError, Unavailable
 from kvstore.meters import Meter
 from kvstore.model import Member, PeerStatus
 from kvstore.raft import guard as actions
@@ -608,10 +608,11 @@ class RaftNode:
         """A peer would send us this; None welcomes it."""
         if not self._running or self._failure is not None or self._engine.is_leader:
             return Unavailable("this node takes no snapshot now", code="unavailable")
-        if self._holds(checkpoint):
-            self._acknowledge_snapshot(peer, checkpoint)
-            return Refused(f"entry {checkpoint.index} is held here already", code="invalid_request")
         return None
+
+    def snapshot_held(self, checkpoint: Checkpoint) -> bool:
+        """True where an install would bring nothing: the peer may go on from there as after one."""
+        return self._running and self._failure is None and not self._engine.is_leader and self._holds(checkpoint)
 
     def snapshot_received(self, peer: str, checkpoint: Checkpoint, path: str, finish: Done) -> None:
         """A verified checkpoint lies in `path`: install it, unless the log has caught up with it meanwhile.
@@ -646,15 +647,12 @@ class RaftNode:
             for member in self.members:
                 self._replicas.connect(member.name)
         finish(None)
-        self._acknowledge_snapshot(peer, checkpoint)
+        self._outbox.add(peer, AppendReply(self._engine.term, checkpoint.index + 1, True), self._wal.position)
+        self._wake()
 
     def _holds(self, checkpoint: Checkpoint) -> bool:
         """A log that holds that entry, or has committed past it, loses by an install (fault 15)."""
         return self.committed >= checkpoint.index or self._wal.term_at(checkpoint.index) == checkpoint.term
-
-    def _acknowledge_snapshot(self, peer: str, checkpoint: Checkpoint) -> None:
-        self._outbox.add(peer, AppendReply(self._engine.term, checkpoint.index + 1, True), self._wal.position)
-        self._wake()
 
     def _arm(self) -> None:
         """Wake again when the next thing is due."""

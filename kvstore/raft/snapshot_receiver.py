@@ -47,6 +47,9 @@ class SnapshotHandler(Protocol):
     def snapshot_offered(self, peer: str, checkpoint: Checkpoint) -> KvError | None:
         """None if a snapshot of this from this peer is welcome now."""
 
+    def snapshot_held(self, checkpoint: Checkpoint) -> bool:
+        """True if the node holds all of this already: then it need not be sent, and counts as installed."""
+
     def snapshot_received(
         self, peer: str, checkpoint: Checkpoint, path: str, finish: Callable[[KvError | None], None]
     ) -> None:
@@ -187,7 +190,8 @@ class SnapshotReceiver:
         if self._is_stopped:
             inbound.break_off(Unavailable("this node is stopping", code="shutting_down"))
             return
-        if offer.id == self._installed:
+        # Who died inside an install may hold it, too: a refusal would be taken for a failure, and make the sender wait.
+        if offer.id == self._installed or self._handler.snapshot_held(offer.checkpoint):
             inbound.say(Done())
             return
         partial = self._partial

@@ -29,6 +29,7 @@ from tests.simulation.outcome import Violation
 from tests.simulation.watch import Watch
 
 if TYPE_CHECKING:
+    from kvstore.raft.members import Configuration
     from tests.simulation.machine import Machine
     from tests.simulation.world import World
 
@@ -146,6 +147,17 @@ class Checks:
         """Would damage at this place of the disk of a machine that is down be taken for a torn tail?"""
         watch = self.watches.get(machine.name)
         return watch is not None and watch.disk.is_in_doubt(path, offset_bytes)
+
+    def uncommitted_configurations(self) -> list[Configuration]:
+        """Those on any member's disk past the newest committed one, whether its process lives or not."""
+        found: list[Configuration] = []
+        try:
+            for node_id in self._newest.values():
+                found += self._disks[node_id].configurations_after(self.ledger.configuration_index)
+        except Broken as broken:
+            self.note(broken)
+        self._raise_found()
+        return found
 
     # --- called by watches --------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 from google_crc32c import extend as crc32c
 
+from kvstore.raft.fsm import EntryKind
+from kvstore.raft.members import Configuration
 from kvstore.raft.wal_format import RECORD_HEADER_BYTES, RecordKind, decode_segment_header, seed_of
 from tests.fake_files import FaultyFiles
 from tests.simulation.ledger import Broken
@@ -38,8 +40,8 @@ class DurableLog:
     """`first` and `terms` are its entries, `term` and `voted_for` what it records of votes."""
 
     __slots__ = (
-        "_found", "_offset", "_path", "_position", "_seed", "_testified", "directory", "files", "first",
-        "is_frozen", "must_hold", "name", "node_id", "removals", "removals_made", "term", "terms", "voted_for",
+        "_configurations", "_found", "_offset", "_path", "_position", "_seed", "_testified", "directory", "files",
+        "first", "is_frozen", "must_hold", "name", "node_id", "removals", "removals_made", "term", "terms", "voted_for",
     )  # fmt: skip
 
     def __init__(self, files: FaultyFiles, directory: str, name: str, node_id: str, found: Found) -> None:
@@ -61,6 +63,7 @@ class DurableLog:
     def _begin(self) -> None:
         self.first = 0
         self.terms: list[int] = []
+        self._configurations: dict[int, bytes] = {}
         self.term = 0
         self.voted_for: str | None = None
         self._path = ""
@@ -88,6 +91,11 @@ class DurableLog:
         if not self.terms or index > self.last:
             return None
         return 0 if index < self.first else self.term_at(index)
+
+    def configurations_after(self, index: int) -> list[Configuration]:
+        """Those in its entries past `index`: what nobody may have committed, and this node would work with."""
+        self.refresh()
+        return [Configuration.decode(members) for at, members in self._configurations.items() if at > index]
 
     def is_in_doubt(self, path: str, offset_bytes: int) -> bool:
         """Is this in the last batch of the log? Nothing on the disk proves that it was ever synced, so damage there
@@ -171,12 +179,15 @@ class DurableLog:
                 message = f"on the disk of {self.name} entry {index} of term {term} follows entry {self.last}"
                 raise Broken("nothing durable is lost", f"{message}: this log cannot be read", self.last, index)
             self.terms.append(term)
+            if payload[0] == EntryKind.MEMBERS:
+                self._configurations[index] = payload[1:]
             self._found(index, term, payload)
         elif kind == RecordKind.TERM:
             self.term, self.voted_for = term, payload.decode() if index else None
         elif kind == RecordKind.TRUNCATE:
             del self.terms[max(0, index - self.first) if index else 0 :]
+            self._configurations = {at: members for at, members in self._configurations.items() if at < index}
             self.removals += 1
         elif kind == RecordKind.RESET:
-            self.first, self.terms = index, [term]
+            self.first, self.terms, self._configurations = index, [term], {}
             self.removals += 1

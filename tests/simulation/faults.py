@@ -181,14 +181,16 @@ class Nemesis(RareFaults):
 
     def _may_break(self, victim: Machine) -> bool:
         """Whether the others could go on without this disk: enough of them have theirs, by the newest committed
-        configuration and by every other that some node works with; and all are known by their ids, as the cluster
-        records them soon after its first leader. (Else nobody could tell an emptied disk from a full one.)"""
+        configuration and by every other that some node works with, or will when it starts again; and all are known by
+        their ids, as the cluster records them soon after its first leader. (Else nobody could tell an emptied disk from
+        a full one.)"""
         world = self.world
         committed = world.checks.ledger.configuration
         if committed is None or world.operator.is_busy:
             return False
         in_force = [machine.node.raft.members for machine in world.machines.values() if machine.node is not None]
-        return all(self._could_lose(victim, members) for members in (committed.members, *in_force))
+        on_disks = [configuration.members for configuration in world.checks.uncommitted_configurations()]
+        return all(self._could_lose(victim, members) for members in (committed.members, *in_force, *on_disks))
 
     def _could_lose(self, victim: Machine, members: Collection[Member]) -> bool:
         world = self.world

@@ -33,6 +33,30 @@ from tests.simulation.checks import DIGEST_ENTRIES
 from tests.simulation.ledger import Ledger, check_change
 from tests.simulation.outcome import Counts
 
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_configurations_that_only_a_dead_member_holds() -> None:
+    """Its disk counts once it starts again, so the nemesis must count it before."""
+    cluster = running()
+    before = cluster.checks.uncommitted_configurations()
+    cluster.network.cut("a", "b")
+    cluster.network.cut("a", "c")
+    last = cluster.wal("a").last_index
+    cluster.nodes["a"].add_learner(Member("d", "d:1", "d:2", "d" * 16, False), Answer())
+    cluster.until(lambda: cluster.wal("a").durable_index == last + 1)
+    cluster.crash("a")
+    assert before == []
+    assert ["".join(m.name for m in found.members) for found in cluster.checks.uncommitted_configurations()] == ["abcd"]
+    cluster.network.heal()
+    cluster.lead("b")
+    cluster.commit("another")
+    cluster.start("a")
+    cluster.until(lambda: cluster.wal("a").last_index == cluster.wal("b").last_index)
+    cluster.time.advance(0.1)
+    assert cluster.checks.uncommitted_configurations() == []
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,12 @@ REGRESSIONS: list[Regression] = [
         "9a202a8",
         "8f5394a",
     ),
+    Regression(
+        Options(seed=377, nodes=3),
+        "a node that died inside an install and came back with that state was taken for one that had refused it",
+        "155e5d1",
+        "MENDED",
+    ),
 ]
 
 RUNS = list(dict.fromkeys([*SLICE, *(regression.options for regression in REGRESSIONS)]))

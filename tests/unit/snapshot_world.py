@@ -126,6 +126,9 @@ class Node:
         self.offers.append((peer, checkpoint))
         return self.refuse_offer
 
+    def snapshot_held(self, checkpoint: Checkpoint) -> bool:
+        return self.machine.applied_index >= checkpoint.index
+
     def snapshot_received(
         self, peer: str, checkpoint: Checkpoint, path: str, finish: Callable[[KvError | None], None]
     ) -> None:

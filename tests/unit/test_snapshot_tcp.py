@@ -57,6 +57,9 @@ class Node:
     def snapshot_offered(self, peer: str, checkpoint: Checkpoint) -> KvError | None:
         return None
 
+    def snapshot_held(self, checkpoint: Checkpoint) -> bool:
+        return False
+
     def snapshot_received(
         self, peer: str, checkpoint: Checkpoint, path: str, finish: Callable[[KvError | None], None]
     ) -> None:

@@ -136,7 +136,12 @@ def snapshot_acknowledged_when_offered(patches: Patches) -> None:
     patches.rewrite(
         RaftNode,
         "snapshot_offered",
-        ("    return None", "    self._acknowledge_snapshot(peer, checkpoint)\n    return None"),
+        (
+            "    return None",
+            "    reply = AppendReply(self._engine.term, checkpoint.index + 1, True)\n"
+            "    self._outbox.add(peer, reply, self._wal.position)\n"
+            "    return None",
+        ),
     )
 
 
