@@ -146,7 +146,7 @@ REGRESSIONS: list[Regression] = [
         Options(seed=377, nodes=3),
         "a node that died inside an install and came back with that state was taken for one that had refused it",
         "155e5d1",
-        "MENDED",
+        "6b059d5",
     ),
 ]
 
