@@ -128,7 +128,9 @@ class Replicas:
             self._log.info("snapshot sent", peer=peer, index=sent.index)
         else:
             self._log.warning("snapshot not sent", peer=peer, error=str(error))
-            self._retry_at[peer] = self._env.clock.monotonic() + RETRY_S
+            # Cancelled by this node itself (it leads no more, say) says nothing about the peer.
+            if error is not None and error.code != "closed":
+                self._retry_at[peer] = self._env.clock.monotonic() + RETRY_S
         self.connect(peer)
         self._wake()
 

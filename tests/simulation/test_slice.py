@@ -148,6 +148,12 @@ REGRESSIONS: list[Regression] = [
         "155e5d1",
         "6b059d5",
     ),
+    Regression(
+        Options(seed=60, nodes=5),
+        "a leader that was deposed and elected anew let a peer wait for its snapshot, as if that had failed",
+        "065d6ee",
+        "MENDED",
+    ),
 ]
 
 RUNS = list(dict.fromkeys([*SLICE, *(regression.options for regression in REGRESSIONS)]))

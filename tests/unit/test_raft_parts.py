@@ -231,6 +231,15 @@ def test_a_refused_snapshot_is_begun_again_after_a_pause() -> None:
     assert world.snapshots.begun == ["b", "b"]
 
 
+def test_a_snapshot_that_this_node_cancelled_is_begun_again_at_once() -> None:
+    """One that leads anew before the pause is over would let its peer wait for nothing."""
+    world = World()
+    world.ask()
+    world.snapshots.finish(Unavailable("the snapshot was cancelled", code="closed"), None)
+    world.ask()
+    assert world.snapshots.begun == ["b", "b"]
+
+
 def test_a_peer_that_waits_for_its_pause_to_end_stays_due() -> None:
     world = World().refused()
     world.ask()
