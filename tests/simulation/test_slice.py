@@ -152,7 +152,7 @@ REGRESSIONS: list[Regression] = [
         Options(seed=60, nodes=5),
         "a leader that was deposed and elected anew let a peer wait for its snapshot, as if that had failed",
         "065d6ee",
-        "MENDED",
+        "6b93182",
     ),
 ]
 
