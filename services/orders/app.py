@@ -1,13 +1,4 @@
-"""The order service over HTTP.
-
-    PUT  /v1/products/{sku}        staff: create (201) or replace (200)   {sku, name, price, currency}
-    GET  /v1/products/{sku}        anyone                                 200 as above
-    POST /v1/products/{sku}/stock  staff, Idempotency-Key                 201 {id, sku, delta, reason, …}
-    GET  /v1/products/{sku}/stock  staff                                  200 {sku, on_hand, reserved}
-                                   anyone                                 200 {sku, available}
-    POST /v1/orders                Idempotency-Key                        201 an order, pending_payment
-    GET  /v1/orders/{id}           owner or staff; others get 404         200 an order
-    GET  /order/{id}               owner or staff; others get 404         200 {id, user_id, total}
+"""The order service over HTTP: products, their stock, orders. `/docs` shows every endpoint.
 
 An order for a product that does not exist is 422 with a pointer to its line, since the body is at fault and not the
 path; a path that names an unknown product is 404.
@@ -15,18 +6,16 @@ path; a path that names an unknown product is 404.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Final
 
 from aiohttp import web
 from msgspec import Meta, Struct
 
 import kvstore
-from services.orders.catalogue import Catalogue, no_product
-from services.orders.placing import Placement, Placing, order_body
+from services.orders.catalogue import AdjustmentBody, Catalogue, no_product
+from services.orders.placing import OrderBody, Placement, Placing, Sku, order_body
 from services.orders.records import (
     AMOUNT_MAX,
-    SKU_PATTERN,
     Order,
     Product,
     decode_order,
@@ -34,16 +23,17 @@ from services.orders.records import (
     order_key,
     product_key,
 )
-from services.web.app import json_response, new_app
-from services.web.bodies import BodyReader, Name, RequestBody, Text
+from services.web.answers import json_response
+from services.web.app import new_app
+from services.web.bodies import Name, RequestBody, Text
+from services.web.endpoints import Access, Api, Call, Condition, get, post, put
 from services.web.etags import etag, precondition, tagged_response
-from services.web.idempotency import idempotency_of
-from services.web.ids import now_ms, parse_id
+from services.web.ids import Id, now_ms
+from services.web.limits import Limit
 from services.web.logs import AccessLog
 from services.web.problems import Problem, field_problem
-from services.web.tokens import Caller, SigningKeys, Tokens
+from services.web.tokens import SigningKeys, Tokens
 
-_SKU: Final = re.compile(SKU_PATTERN)
 DELTA_MAX: Final = 1_000_000_000
 
 
@@ -86,113 +76,111 @@ class OrderTotalBody(Struct, frozen=True):
     total: int
 
 
-def create_app(store: kvstore.Client, access_log: AccessLog | None = None) -> web.Application:
-    app = new_app(store, access_log)
-    endpoints = _Endpoints(store, Tokens(SigningKeys(store)))
-    app.add_routes(
-        [
-            web.post("/v1/orders", endpoints.place_order),
-            web.get("/v1/orders/{id}", endpoints.read_order),
-            web.get("/order/{id}", endpoints.read_order_total),
-            web.put("/v1/products/{sku}", endpoints.put_product),
-            web.get("/v1/products/{sku}", endpoints.read_product),
-            web.post("/v1/products/{sku}/stock", endpoints.adjust_stock),
-            web.get("/v1/products/{sku}/stock", endpoints.read_stock),
-        ]
-    )
-    return app
+def create_app(
+    store: kvstore.Client, access_log: AccessLog | None = None, limit: Limit | None = None
+) -> web.Application:
+    catalogue = Catalogue(store)
+    api = Api("Order service", "Products, stock and orders.", Tokens(SigningKeys(store)), limit)
+    api.add(_Products(catalogue), tag="Products")
+    api.add(_Orders(store, Placing(store, catalogue)), tag="Orders")
+    return new_app(store, api, access_log)
 
 
-class _Endpoints:
-    def __init__(self, store: kvstore.Client, tokens: Tokens) -> None:
+class _Orders:
+    def __init__(self, store: kvstore.Client, placing: Placing) -> None:
         self._store = store
-        self._tokens = tokens
-        self._catalogue = Catalogue(store)
-        self._placing = Placing(store, self._catalogue)
-        self._products = BodyReader(ProductInput)
-        self._adjustments = BodyReader(AdjustmentInput)
-        self._placements = BodyReader(Placement)
+        self._placing = placing
 
-    # --- orders -------------------------------------------------------------------------------------------------------
+    @post(
+        "/v1/orders",
+        {201: OrderBody},
+        access=Access.SIGNED_IN,
+        idempotent=True,
+        problems=("unknown_product", "insufficient_stock", "mixed_currencies", "total_too_large", "products_changing"),
+    )
+    async def place_order(self, call: Call, body: Placement) -> web.Response:
+        """Place an order
 
-    async def place_order(self, request: web.Request) -> web.Response:
-        caller = await self._tokens.caller(request)
-        placement = await self._placements.read(request)
-        idempotency = idempotency_of(request, caller, "/v1/orders", placement)
-        return await self._placing.place(request, idempotency, caller.user_id, placement)
+        All of it or nothing: where one product is short, nothing is reserved.
+        """
+        return await self._placing.place(call.request, call.idempotency, call.caller.user_id, body)
 
-    async def read_order(self, request: web.Request) -> web.Response:
-        order, revision = await self._order(request)
-        return tagged_response(request, order_body(order), revision)
+    @get("/v1/orders/{id}", {200: OrderBody, 304: None}, access=Access.SIGNED_IN)
+    async def read_order(self, call: Call, id: Id) -> web.Response:
+        """Read an order
 
-    async def read_order_total(self, request: web.Request) -> web.Response:
-        order, revision = await self._order(request)
-        return tagged_response(request, encode(OrderTotalBody(order.id, order.user_id, order.total)), revision)
+        The owner's own, or any for staff; for others there is nothing there.
+        """
+        order, revision = await self._order(call, id)
+        return tagged_response(call.request, order_body(order), revision)
 
-    async def _order(self, request: web.Request) -> tuple[Order, int]:
-        caller = await self._tokens.caller(request)
-        order_id = parse_id(request.match_info["id"])
-        record = await self._store.get(order_key(order_id)) if order_id is not None else None
+    @get("/order/{id}", {200: OrderTotalBody, 304: None}, access=Access.SIGNED_IN)
+    async def read_order_total(self, call: Call, id: Id) -> web.Response:
+        """Read an order's total"""
+        order, revision = await self._order(call, id)
+        body = encode(OrderTotalBody(order.id, order.user_id, order.total))
+        return tagged_response(call.request, body, revision)
+
+    async def _order(self, call: Call, order_id: int) -> tuple[Order, int]:
+        record = await self._store.get(order_key(order_id))
         order = decode_order(record.value) if record is not None else None
         # Another's order and none at all look the same.
-        if record is None or order is None or not (order.user_id == caller.user_id or caller.is_staff):
+        if record is None or order is None or not (order.user_id == call.caller.user_id or call.caller.is_staff):
             raise Problem("not_found", "There is no such order, or none that you may read")
         return order, record.mod_revision
 
-    # --- products and stock -------------------------------------------------------------------------------------------
 
-    async def put_product(self, request: web.Request) -> web.Response:
-        await self._staff(request)
-        sku = _sku(request)
-        body = await self._products.read(request)
+class _Products:
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    @put("/v1/products/{sku}", {200: ProductBody, 201: ProductBody}, access=Access.STAFF, condition=Condition.OFFERED)
+    async def put_product(self, call: Call, sku: Sku, body: ProductInput) -> web.Response:
+        """Create or replace a product"""
         product = Product(sku, body.name, body.price, body.currency, now_ms())
-        stored, created = await self._catalogue.put(product, precondition(request, product_key(sku)))
+        stored, created = await self._catalogue.put(product, precondition(call.request, product_key(sku)))
         response = json_response(_product_body(product), 201 if created else 200)
         response.headers["ETag"] = etag(stored.revision)
         if created:
             response.headers["Location"] = f"/v1/products/{sku}"
         return response
 
-    async def read_product(self, request: web.Request) -> web.Response:
-        sku = _sku(request)
+    @get("/v1/products/{sku}", {200: ProductBody, 304: None})
+    async def read_product(self, call: Call, sku: Sku) -> web.Response:
+        """Read a product"""
         stored = await self._catalogue.read(sku)
         if stored is None:
             raise no_product(sku)
-        return tagged_response(request, _product_body(stored.product), stored.revision)
+        return tagged_response(call.request, _product_body(stored.product), stored.revision)
 
-    async def adjust_stock(self, request: web.Request) -> web.Response:
-        caller = await self._staff(request)
-        sku = _sku(request)
-        body = await self._adjustments.read(request)
+    @post(
+        "/v1/products/{sku}/stock",
+        {201: AdjustmentBody},
+        access=Access.STAFF,
+        idempotent=True,
+        problems=("insufficient_stock", "stock_too_large"),
+    )
+    async def adjust_stock(self, call: Call, sku: Sku, body: AdjustmentInput) -> web.Response:
+        """Adjust what is on hand, with a reason"""
         if body.delta == 0:
             raise field_problem("/delta", "invalid_value", "An adjustment by 0 adjusts nothing")
-        idempotency = idempotency_of(request, caller, f"/v1/products/{sku}/stock", body)
-        return await self._catalogue.adjust(request, idempotency, sku, body.delta, body.reason, caller.user_id)
+        return await self._catalogue.adjust(
+            call.request, call.idempotency, sku, body.delta, body.reason, call.caller.user_id
+        )
 
-    async def read_stock(self, request: web.Request) -> web.Response:
-        caller = await self._tokens.caller(request) if "Authorization" in request.headers else None
-        sku = _sku(request)
+    @get("/v1/products/{sku}/stock", {200: (StockBody, AvailabilityBody)})
+    async def read_stock(self, call: Call, sku: Sku) -> web.Response:
+        """Read how much there is
+
+        What is available; for staff also how much of it placed orders hold.
+        """
         level = await self._catalogue.stock(sku)
         if level is None:
             raise no_product(sku)
+        caller = call.caller_if_any
         if caller is not None and caller.is_staff:
             return json_response(encode(StockBody(sku, level.on_hand, level.reserved)))
         return json_response(encode(AvailabilityBody(sku, level.on_hand)))
-
-    # --- who asks -----------------------------------------------------------------------------------------------------
-
-    async def _staff(self, request: web.Request) -> Caller:
-        caller = await self._tokens.caller(request)
-        if not caller.is_staff:
-            raise Problem("forbidden", "This is for staff")
-        return caller
-
-
-def _sku(request: web.Request) -> str:
-    sku = request.match_info["sku"]
-    if not _SKU.match(sku):
-        raise no_product(sku)
-    return sku
 
 
 def _product_body(product: Product) -> bytes:

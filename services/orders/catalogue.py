@@ -25,7 +25,7 @@ from services.orders.records import (
     product_key,
     reserved_key,
 )
-from services.web.app import json_response
+from services.web.answers import json_response
 from services.web.idempotency import Idempotency, refuse_and_store
 from services.web.ids import Ids, now_ms, timestamp
 from services.web.problems import Problem, field_problem

@@ -33,7 +33,7 @@ from services.orders.records import (
     user_order_key,
 )
 from services.orders.states import OrderEvent, OrderState, next_state
-from services.web.app import json_response
+from services.web.answers import json_response
 from services.web.bodies import RequestBody
 from services.web.idempotency import Idempotency, refuse_and_store
 from services.web.ids import Ids, now_ms, order_number, timestamp

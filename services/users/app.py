@@ -1,9 +1,4 @@
-"""The user service over HTTP.
-
-    POST /v1/users       register                        201 {id, email, name, age, role, created_at}
-    POST /v1/sessions    sign in                         201 {access_token, token_type, expires_in, user_id}
-    GET  /v1/users/me    read oneself                    200 as above
-    GET  /user/{id}      owner or staff; others get 404  200 {id, name, age}
+"""The user service over HTTP: registering, signing in, reading oneself. `/docs` shows every endpoint.
 
 An email that is taken is said to be so at registration (409): without a mail to the address there is nothing else
 that an honest answer could say. Signing in never tells whether an account exists.
@@ -21,10 +16,13 @@ from msgspec import Meta, Struct
 import kvstore
 from services.users.accounts import Accounts, User
 from services.users.passwords import PASSWORD_CHARS_MAX, PASSWORD_CHARS_MIN, Passwords
-from services.web.app import CALLER_ID, json_response, new_app
-from services.web.bodies import BodyReader, Name, RequestBody
+from services.web.answers import CALLER_ID, json_response
+from services.web.app import new_app
+from services.web.bodies import Name, RequestBody
+from services.web.endpoints import Access, Api, Call, get, post
 from services.web.etags import tagged_response
-from services.web.ids import parse_id, timestamp
+from services.web.ids import Id, timestamp
+from services.web.limits import Limit
 from services.web.logs import AccessLog
 from services.web.problems import Problem
 from services.web.tokens import TOKEN_TTL_S, Role, SigningKeys, Tokens
@@ -67,18 +65,14 @@ class UserBody(Struct, frozen=True):
     age: int
 
 
-def create_app(store: kvstore.Client, access_log: AccessLog | None = None) -> web.Application:
-    app = new_app(store, access_log)
+def create_app(
+    store: kvstore.Client, access_log: AccessLog | None = None, limit: Limit | None = None
+) -> web.Application:
     passwords = Passwords()
-    endpoints = _Endpoints(Accounts(store, passwords), Tokens(SigningKeys(store)))
-    app.add_routes(
-        [
-            web.post("/v1/users", endpoints.register),
-            web.post("/v1/sessions", endpoints.sign_in),
-            web.get("/v1/users/me", endpoints.read_self),
-            web.get("/user/{id}", endpoints.read_user),
-        ]
-    )
+    tokens = Tokens(SigningKeys(store))
+    api = Api("User service", "Accounts: register, sign in, read oneself.", tokens, limit)
+    api.add(_Users(Accounts(store, passwords), tokens), tag="Accounts")
+    app = new_app(store, api, access_log)
 
     async def passwords_of(_: web.Application) -> AsyncIterator[None]:
         await passwords.start()
@@ -89,44 +83,48 @@ def create_app(store: kvstore.Client, access_log: AccessLog | None = None) -> we
     return app
 
 
-class _Endpoints:
+class _Users:
     def __init__(self, accounts: Accounts, tokens: Tokens) -> None:
         self._accounts = accounts
         self._tokens = tokens
-        self._registrations = BodyReader(Registration)
-        self._credentials = BodyReader(Credentials)
 
-    async def register(self, request: web.Request) -> web.Response:
-        body = await self._registrations.read(request)
+    @post("/v1/users", {201: AccountBody}, problems=("email_taken", "common_password"))
+    async def register(self, call: Call, body: Registration) -> web.Response:
+        """Register an account"""
         user = await self._accounts.register(body.email, body.password, body.name, body.age)
-        request[CALLER_ID] = user.id
+        call.request[CALLER_ID] = user.id
         return json_response(_account_body(user), 201, {"Location": f"/user/{user.id}"})
 
-    async def sign_in(self, request: web.Request) -> web.Response:
-        body = await self._credentials.read(request)
+    @post("/v1/sessions", {201: SessionBody}, problems=("wrong_credentials",))
+    async def sign_in(self, call: Call, body: Credentials) -> web.Response:
+        """Sign in
+
+        The same answer, as late, whether the email or the password is wrong.
+        """
         user = await self._accounts.sign_in(body.email, body.password)
-        request[CALLER_ID] = user.id
+        call.request[CALLER_ID] = user.id
         token = await self._tokens.issue(user.id, user.role)
         return json_response(_encode(SessionBody(token, "Bearer", TOKEN_TTL_S, user.id)), 201)
 
-    async def read_self(self, request: web.Request) -> web.Response:
-        caller = await self._tokens.caller(request)
-        stored = await self._accounts.read(caller.user_id)
+    @get("/v1/users/me", {200: AccountBody, 304: None}, access=Access.SIGNED_IN, problems=("not_found",))
+    async def read_self(self, call: Call) -> web.Response:
+        """Read one's own account"""
+        stored = await self._accounts.read(call.caller.user_id)
         if stored is None:
             raise Problem("not_found", "The account is no longer there")
-        return tagged_response(request, _account_body(stored.user), stored.revision)
+        return tagged_response(call.request, _account_body(stored.user), stored.revision)
 
-    async def read_user(self, request: web.Request) -> web.Response:
-        caller = await self._tokens.caller(request)
-        user_id = parse_id(request.match_info["id"])
-        # Another's account and none at all look the same.
-        stored = None
-        if user_id is not None and (caller.user_id == user_id or caller.is_staff):
-            stored = await self._accounts.read(user_id)
+    @get("/user/{id}", {200: UserBody, 304: None}, access=Access.SIGNED_IN)
+    async def read_user(self, call: Call, id: Id) -> web.Response:
+        """Read a user
+
+        The owner's own, or any for staff; for others there is nothing there.
+        """
+        stored = await self._accounts.read(id) if call.caller.user_id == id or call.caller.is_staff else None
         if stored is None:
             raise Problem("not_found", "There is no such user, or none that you may read")
         user = stored.user
-        return tagged_response(request, _encode(UserBody(user.id, user.name, user.age)), stored.revision)
+        return tagged_response(call.request, _encode(UserBody(user.id, user.name, user.age)), stored.revision)
 
 
 def _account_body(user: User) -> bytes:

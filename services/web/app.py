@@ -8,7 +8,8 @@ What the middleware (`_frame`) does for each request, in one place so that it co
 - the store's errors become 503: `store_unavailable` (nothing happened), `outcome_unknown` (it may have)
 - one line of access log
 
-Handlers are methods that take a `web.Request` and return a `web.Response`, or raise `Problem`.
+What each endpoint takes and gives is declared (`endpoints.py`); the application serves the document of all of them at
+`/openapi.json`, and a page to read and try it at `/docs`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 import kvstore
+from services.web import api_page
+from services.web.answers import CALLER_ID, LIMIT_HEADERS, REQUEST_ID, json_response
 from services.web.bodies import BODY_BYTES_MAX
+from services.web.endpoints import Api
 from services.web.logs import AccessLog
+from services.web.openapi import document
 from services.web.problems import PROBLEMS, Problem, ProblemType
 
 # 1,024 orders in flight fill four entries of the store's log; more would only wait longer, so say so early.
@@ -34,8 +39,6 @@ IN_FLIGHT_MAX: Final = 1024
 READY_TIMEOUT_S: Final = 1.0  # a probe's answer is wanted soon; a longer outage is one
 READY_KEY: Final = b"ready"  # never written: reading it proves a quorum, whatever it holds
 
-REQUEST_ID: Final = web.RequestKey("request_id", str)
-CALLER_ID: Final = web.RequestKey("caller_id", int)  # for the access log; set where a handler knows its caller
 _SANE_REQUEST_ID: Final = re.compile(r"\A[A-Za-z0-9._:-]{8,128}\Z")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -58,29 +61,28 @@ class State:
 STATE: Final = web.AppKey("state", State)
 
 
-def new_app(store: kvstore.Client, access_log: AccessLog | None = None) -> web.Application:
-    """An application with health checks and problem pages; the service adds its routes. It owns neither the store nor
-    the log."""
+def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None) -> web.Application:
+    """The application of a service. It owns neither the store nor the log."""
     state = State()
     app = web.Application(middlewares=[_frame(state, access_log)], client_max_size=BODY_BYTES_MAX)
     app[STATE] = state
     health = _Health(store, state)
+    openapi = msgspec.json.encode(document(api))
+
+    async def read_openapi(request: web.Request) -> web.Response:
+        return json_response(openapi)
+
     app.add_routes(
         [
             web.get("/livez", health.livez),
             web.get("/readyz", health.readyz),
             web.get("/problems/{code}", _problem_page),
+            web.get("/openapi.json", read_openapi),
+            *api_page.routes(api.title),
+            *api.routes(),
         ]
     )
     return app
-
-
-def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """An answer that is JSON already."""
-    response = web.Response(body=body, status=status, content_type="application/json", headers=headers)
-    # Answers are for who asked, and change; a shared cache has no business with them.
-    response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 # --- the middleware ---------------------------------------------------------------------------------------------------
@@ -107,6 +109,9 @@ def _frame(state: State, access_log: AccessLog | None) -> Middleware:
         finally:
             state.in_flight -= 1
         response.headers["X-Request-Id"] = request_id
+        limits = request.get(LIMIT_HEADERS)
+        if limits is not None:
+            response.headers.update(limits)
         if access_log is not None:
             user = request.get(CALLER_ID)
             access_log.add(request.method, request.path, response.status, started, request_id, user)

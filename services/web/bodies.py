@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -66,7 +66,7 @@ class BodyReader(Generic[B]):
         try:
             return self._decoder.decode(raw)
         except msgspec.ValidationError as error:
-            field = _field_error(str(error))
+            field = field_error(str(error), "body")
             raise Problem("invalid_body", _sentence(field), errors=(field,)) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise Problem("malformed_json", str(error)[:_MESSAGE_CHARS_MAX]) from None
@@ -77,7 +77,7 @@ _STEP = re.compile(r"\.([A-Za-z_][A-Za-z0-9_]*)|\[(\d+)\]")
 _NAMED = re.compile(r"(?P<which>missing required|contains unknown) field `(?P<name>.*)`\Z", re.DOTALL)
 
 
-def _field_error(message: str) -> FieldError:
+def field_error(message: str, place: Literal["body", "query"]) -> FieldError:
     """msgspec's message, with its path turned into a JSON pointer: "… - at `$.lines[0].sku`" is "/lines/0/sku"."""
     match = _AT.match(message)
     assert match is not None  # every part of it is optional
@@ -91,7 +91,7 @@ def _field_error(message: str) -> FieldError:
         code = "invalid_type" if ", got " in what else "invalid_value"
     if "matching regex" in what:
         what = "has characters, or a form, that are not allowed here"
-    return FieldError(pointer[:_MESSAGE_CHARS_MAX], code, what.replace("`", "")[:_MESSAGE_CHARS_MAX])
+    return FieldError(pointer[:_MESSAGE_CHARS_MAX], code, what.replace("`", "")[:_MESSAGE_CHARS_MAX], place)
 
 
 def _sentence(field: FieldError) -> str:

@@ -23,7 +23,7 @@ from aiohttp import web
 from msgspec import Raw, Struct
 
 import kvstore
-from services.web.app import REQUEST_ID, json_response
+from services.web.answers import REQUEST_ID, json_response
 from services.web.bodies import RequestBody
 from services.web.ids import now_ms
 from services.web.problems import CONTENT_TYPE, Problem
@@ -85,7 +85,7 @@ class Idempotency:
         return response
 
 
-def idempotency_of(request: web.Request, caller: Caller, path: str, body: RequestBody) -> Idempotency:
+def idempotency_of(request: web.Request, caller: Caller, path: str, body: RequestBody | None) -> Idempotency:
     """`path` is the canonical path, without escapes or query. Raises `Problem` 400 where the header is missing."""
     key = request.headers.get("Idempotency-Key")
     if key is None:

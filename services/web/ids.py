@@ -15,9 +15,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
+
+from msgspec import Meta
 
 ID_MAX: Final = 2**53 - 1
+Id = Annotated[int, Meta(ge=1, le=ID_MAX)]
 _EPOCH_MS: Final = 1_735_689_600_000  # 2025-01-01T00:00:00Z
 _CHANCE_BITS: Final = 12
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"

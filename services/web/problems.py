@@ -7,7 +7,7 @@ request again may succeed without anybody mending anything.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -27,12 +27,15 @@ PROBLEMS: dict[str, Kind] = {
     "malformed_request": Kind(400, "The request is malformed"),
     "malformed_json": Kind(400, "The body is not JSON"),
     "invalid_body": Kind(422, "The body breaks a rule"),
+    "invalid_parameter": Kind(400, "A parameter breaks a rule"),
     "unsupported_media_type": Kind(415, "The body must be application/json"),
     "body_too_large": Kind(413, "The body is too large"),
     "body_timeout": Kind(408, "The body took too long to arrive", retryable=True),
     "not_found": Kind(404, "There is nothing here"),
     "method_not_allowed": Kind(405, "This resource has no such method"),
     "precondition_failed": Kind(412, "The record has changed since you read it"),
+    "precondition_required": Kind(428, "An If-Match header is required"),
+    "rate_limited": Kind(429, "Too many requests from you", retryable=True),
     # who asks
     "authentication_required": Kind(401, "Sign in first"),
     "invalid_token": Kind(401, "The access token is not valid"),
@@ -63,12 +66,14 @@ PROBLEMS: dict[str, Kind] = {
 }
 
 
-class FieldError(Struct, frozen=True, gc=False):
-    """One thing wrong with a body. `pointer` is an RFC 6901 JSON pointer into it; empty is the body itself."""
+class FieldError(Struct, frozen=True, gc=False, rename={"place": "in"}):
+    """One thing wrong with a request. `pointer` is an RFC 6901 JSON pointer into the body, where empty is the body
+    itself, or into the parameters of the query: `/limit`. `in` says which."""
 
     pointer: str
     code: str
     message: str
+    place: Literal["body", "query"] = "body"
 
 
 class ProblemBody(Struct, frozen=True):

@@ -28,7 +28,7 @@ from aiohttp import web
 from msgspec import Struct
 
 import kvstore
-from services.web.app import CALLER_ID
+from services.web.answers import CALLER_ID
 from services.web.ids import now_ms, parse_id
 from services.web.problems import Problem
 
