@@ -28,6 +28,7 @@ from services.web.app import new_app
 from services.web.bodies import Name, RequestBody, Text
 from services.web.endpoints import Access, Api, Call, Condition, get, post, put
 from services.web.etags import etag, precondition, tagged_response
+from services.web.idempotency import IdempotencyKeys
 from services.web.ids import Id, now_ms
 from services.web.limits import Limit
 from services.web.logs import AccessLog
@@ -80,7 +81,7 @@ def create_app(
     store: kvstore.Client, access_log: AccessLog | None = None, limit: Limit | None = None
 ) -> web.Application:
     catalogue = Catalogue(store)
-    api = Api("Order service", "Products, stock and orders.", Tokens(SigningKeys(store)), limit)
+    api = Api("Order service", "Products, stock and orders.", Tokens(SigningKeys(store)), IdempotencyKeys(store), limit)
     api.add(_Products(catalogue), tag="Products")
     api.add(_Orders(store, Placing(store, catalogue)), tag="Orders")
     return new_app(store, api, access_log)

@@ -21,6 +21,7 @@ from services.web.app import new_app
 from services.web.bodies import Name, RequestBody
 from services.web.endpoints import Access, Api, Call, get, post
 from services.web.etags import tagged_response
+from services.web.idempotency import IdempotencyKeys
 from services.web.ids import Id, timestamp
 from services.web.limits import Limit
 from services.web.logs import AccessLog
@@ -70,7 +71,7 @@ def create_app(
 ) -> web.Application:
     passwords = Passwords()
     tokens = Tokens(SigningKeys(store))
-    api = Api("User service", "Accounts: register, sign in, read oneself.", tokens, limit)
+    api = Api("User service", "Accounts: register, sign in, read oneself.", tokens, IdempotencyKeys(store), limit)
     api.add(_Users(Accounts(store, passwords), tokens), tag="Accounts")
     app = new_app(store, api, access_log)
 

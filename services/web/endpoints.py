@@ -6,7 +6,7 @@ endpoint's part of the OpenAPI document (`openapi.py`):
         async def place(self, call: Call, body: Placement) -> web.Response:
             "Place an order. The docstring is the description."
 
-    api = Api("orders", "…", tokens)
+    api = Api("orders", "…", tokens, keys)
     api.add(Orders(…), tag="Orders")
     app.add_routes(api.routes())
 
@@ -30,7 +30,7 @@ from msgspec import Struct
 
 from services.web.answers import LIMIT_HEADERS
 from services.web.bodies import BodyReader, RequestBody, field_error
-from services.web.idempotency import Idempotency, idempotency_of
+from services.web.idempotency import Idempotency, IdempotencyKeys
 from services.web.ids import Id, parse_id
 from services.web.limits import Limit
 from services.web.problems import PROBLEMS, Problem
@@ -213,12 +213,15 @@ class Bound(Struct, frozen=True):
 class Api:
     """All endpoints of a service."""
 
-    def __init__(self, title: str, description: str, tokens: Tokens, limit: Limit | None = None) -> None:
+    def __init__(
+        self, title: str, description: str, tokens: Tokens, keys: IdempotencyKeys, limit: Limit | None = None
+    ) -> None:
         """`limit` is that of each caller, or of each address where nobody signed in."""
         self.title = title
         self.description = description
         self.endpoints: list[Bound] = []
         self._tokens = tokens
+        self._keys = keys
         self._limit = limit
 
     def add(self, owner: object, *, tag: str) -> None:
@@ -238,7 +241,7 @@ class Api:
 
     def _serving(self, bound: Bound) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         """The handler that aiohttp calls: everything that can be decided beforehand is."""
-        declared, handler, limit = bound.endpoint, bound.handler, self._limit
+        declared, handler, limit, keys = bound.endpoint, bound.handler, self._limit, self._keys
         anyone = declared.access is Access.ANYONE
         roles = _ROLES.get(declared.access)
         path_readers = [(name, _path_reader(kind)) for name, kind in declared.parameters.items()]
@@ -266,7 +269,7 @@ class Api:
                 body = None
             if declared.idempotent:
                 canonical = declared.path.format(**arguments) if path_readers else declared.path
-                call._idempotency = idempotency_of(request, call.caller, canonical, body)
+                call._idempotency = await keys.of(request, call.caller, canonical, body)
             if declared.condition is Condition.REQUIRED and "If-Match" not in request.headers:
                 raise Problem("precondition_required", "Send If-Match with the ETag of what you read")
             return await handler(call, **arguments)

@@ -9,13 +9,17 @@ Rules:
 2. What the store's state decided (no such product, not enough stock) is stored like a success, in a transaction of its
    own: otherwise a copy of the request that was late on the network could place an order that its sender was told was
    refused. What the body alone decides is not stored: it would be decided the same way again. 503 is not stored.
-3. Records are kept for good until the store has leases (a later issue); the promise is 24 hours.
+3. A record is kept for at least `KEPT_S`. It goes with the lease that it is under, which many share: one lease for
+   each request would cost the store as much as the request.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
+import time
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -28,6 +32,11 @@ from services.web.bodies import RequestBody
 from services.web.ids import now_ms
 from services.web.problems import CONTENT_TYPE, Problem
 from services.web.tokens import Caller
+
+KEPT_S: Final = 24 * 3600.0
+# A lease takes records for so long, or so many of them (the store allows 16,384), and lives by so much longer.
+_LEASE_FILLS_S: Final = 3600.0
+_LEASE_RECORDS_MAX: Final = 10_000
 
 _KEY: Final = re.compile(r"\A[!-~]{1,255}\Z")  # visible ASCII; the length that others allow
 
@@ -50,11 +59,12 @@ _encode_fingerprint = msgspec.msgpack.Encoder().encode
 class Idempotency:
     """The idempotency of one request: what its transaction compares, reads and writes."""
 
-    __slots__ = ("_fingerprint", "key")
+    __slots__ = ("_fingerprint", "_lease", "key")
 
-    def __init__(self, key: bytes, fingerprint: str) -> None:
+    def __init__(self, key: bytes, fingerprint: str, lease: int) -> None:
         self.key = key
         self._fingerprint = fingerprint
+        self._lease = lease
 
     @property
     def absent(self) -> kvstore.Compare:
@@ -67,9 +77,8 @@ class Idempotency:
 
     def put(self, status: int, body: bytes, location: str = "") -> kvstore.Put:
         """Store the answer."""
-        return kvstore.Put(
-            self.key, _encode(IdempotencyRecord(self._fingerprint, status, location, Raw(body), now_ms()))
-        )
+        record = IdempotencyRecord(self._fingerprint, status, location, Raw(body), now_ms())
+        return kvstore.Put(self.key, _encode(record), lease=self._lease)
 
     def replay(self, record: kvstore.Record) -> web.Response:
         """The stored answer. Raises `Problem` if the record is of another body."""
@@ -85,19 +94,40 @@ class Idempotency:
         return response
 
 
-def idempotency_of(request: web.Request, caller: Caller, path: str, body: RequestBody | None) -> Idempotency:
-    """`path` is the canonical path, without escapes or query. Raises `Problem` 400 where the header is missing."""
-    key = request.headers.get("Idempotency-Key")
-    if key is None:
-        raise Problem(
-            "idempotency_key_required", "Send an Idempotency-Key header: a new random value for each new order"
-        )
-    if not _KEY.match(key):
-        raise Problem("invalid_idempotency_key", "An Idempotency-Key is 1 to 255 visible ASCII characters")
-    # Neither a path nor a key holds a space, so no two scopes can be spelt alike.
-    scope = f"idem/{caller.user_id} {request.method} {path} {key}".encode()
-    fingerprint = hashlib.blake2b(_encode_fingerprint(body), digest_size=16).hexdigest()
-    return Idempotency(scope, fingerprint)
+class IdempotencyKeys:
+    """Reads the keys of requests, and sees to it that records end some day. One per process."""
+
+    def __init__(self, store: kvstore.Client, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock_s = clock_s
+        self._granting = asyncio.Lock()
+        self._lease = self._room = 0
+        self._fills_until_s = 0.0
+
+    async def of(self, request: web.Request, caller: Caller, path: str, body: RequestBody | None) -> Idempotency:
+        """`path` is the canonical path, without escapes or query. Raises `Problem` 400 where the header is missing."""
+        key = request.headers.get("Idempotency-Key")
+        if key is None:
+            raise Problem(
+                "idempotency_key_required", "Send an Idempotency-Key header: a new random value for each new request"
+            )
+        if not _KEY.match(key):
+            raise Problem("invalid_idempotency_key", "An Idempotency-Key is 1 to 255 visible ASCII characters")
+        # Neither a path nor a key holds a space, so no two scopes can be spelt alike.
+        scope = f"idem/{caller.user_id} {request.method} {path} {key}".encode()
+        fingerprint = hashlib.blake2b(_encode_fingerprint(body), digest_size=16).hexdigest()
+        return Idempotency(scope, fingerprint, await self._take_room())
+
+    async def _take_room(self) -> int:
+        """The lease for one more record. (Many never come to be: a request that is refused stores none.)"""
+        if not self._room or self._clock_s() >= self._fills_until_s:
+            async with self._granting:
+                if not self._room or self._clock_s() >= self._fills_until_s:
+                    granted_at_s = self._clock_s()
+                    self._lease = (await self._store.grant_lease(KEPT_S + 2 * _LEASE_FILLS_S)).lease
+                    self._room, self._fills_until_s = _LEASE_RECORDS_MAX, granted_at_s + _LEASE_FILLS_S
+        self._room -= 1
+        return self._lease
 
 
 async def refuse_and_store(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 from msgspec import Meta, Struct
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
@@ -18,11 +18,12 @@ from services.web.answers import json_response
 from services.web.app import new_app
 from services.web.bodies import RequestBody
 from services.web.endpoints import Access, Api, Call, Condition, Query, get, post, put
+from services.web.idempotency import KEPT_S, IdempotencyKeys
 from services.web.ids import ID_MAX, Id
 from services.web.limits import Limit
 from services.web.paging import Page, PageQuery, cursor_of, page_of
 from services.web.problems import Problem
-from services.web.tokens import Role, SigningKeys, Tokens
+from services.web.tokens import Caller, Role, SigningKeys, Tokens
 from tests.services.shop import problem
 
 
@@ -92,7 +93,7 @@ class Setup:
     def __init__(self, store: kvstore.Client, limit: Limit | None = None) -> None:
         self.store = store
         self.tokens = Tokens(SigningKeys(store))
-        self.api = Api("Things", "For tests.", self.tokens, limit)
+        self.api = Api("Things", "For tests.", self.tokens, IdempotencyKeys(store), limit)
         self.api.add(Things(store), tag="Things")
         self.client: TestClient[Any, Any] = TestClient(TestServer(new_app(store, self.api)))
 
@@ -158,6 +159,34 @@ async def test_keys_and_preconditions_are_demanded(store: kvstore.Client) -> Non
         await problem(await client.put("/things/7", json=thing, headers=staff), 428, "precondition_required")
         matched = await setup.headers(Role.STAFF, If_Match='"7"')
         assert await said(await client.put("/things/7", json=thing, headers=matched)) == "staff"
+
+
+async def test_records_of_idempotency_share_leases_and_end(store: kvstore.Client) -> None:
+    now_s = 0.0
+    keys = IdempotencyKeys(store, lambda: now_s)
+    caller = Caller(7, Role.CUSTOMER)
+
+    async def put(key: str) -> int:
+        request = make_mocked_request("POST", "/things", headers={"Idempotency-Key": key})
+        one = await keys.of(request, caller, "/things", None)
+        await store.txn(success=[one.put(201, b"{}")])
+        record = await store.get(one.key)
+        assert record is not None
+        return record.lease
+
+    first = [await put(f"k{number}") for number in range(3)]
+    assert len(set(first)) == 1
+    now_s = 3599.0
+    assert await put("last-of-the-hour") == first[0]
+    now_s = 3600.0
+    second = await put("next")
+    assert second != first[0]
+    status = await store.lease_status(first[0])
+    assert status.key_count == 4
+    # The last record under a lease comes an hour after it was granted, and is kept for a day even if clocks differ.
+    assert status.ttl_ms >= (KEPT_S + 3600) * 1000
+    await store.revoke_lease(first[0])
+    assert await store.get(b"idem/7 POST /things k1") is None
 
 
 async def test_a_problem_that_was_not_declared_is_said_in_the_log(

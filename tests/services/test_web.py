@@ -16,6 +16,7 @@ from services.orders.app import create_app
 from services.web import app as web_app
 from services.web.app import STATE, new_app
 from services.web.endpoints import Api
+from services.web.idempotency import IdempotencyKeys
 from services.web.logs import AccessLog
 from services.web.problems import PROBLEMS, Problem
 from services.web.serve import CannotServe, check_host
@@ -81,7 +82,7 @@ async def test_requests_in_flight_are_bounded(store: kvstore.Client, monkeypatch
         await release.wait()
         return web.Response()
 
-    app = new_app(store, Api("Test", "", Tokens(SigningKeys(store))))
+    app = new_app(store, Api("Test", "", Tokens(SigningKeys(store)), IdempotencyKeys(store)))
     app.add_routes([web.get("/wait", wait)])
     client: TestClient[Any, Any] = TestClient(TestServer(app))
     async with client:
@@ -101,7 +102,7 @@ async def test_an_unforeseen_error_tells_the_client_nothing(store: kvstore.Clien
     async def fail(request: web.Request) -> web.Response:
         raise RuntimeError("a secret")
 
-    app = new_app(store, Api("Test", "", Tokens(SigningKeys(store))))
+    app = new_app(store, Api("Test", "", Tokens(SigningKeys(store)), IdempotencyKeys(store)))
     app.add_routes([web.get("/fail", fail)])
     client: TestClient[Any, Any] = TestClient(TestServer(app))
     async with client:
@@ -114,7 +115,7 @@ async def test_an_unknown_outcome_without_a_key_is_not_called_retryable(store: k
     async def fail(request: web.Request) -> web.Response:
         raise kvstore.OutcomeUnknown("lost")
 
-    app = new_app(store, Api("Test", "", Tokens(SigningKeys(store))))
+    app = new_app(store, Api("Test", "", Tokens(SigningKeys(store)), IdempotencyKeys(store)))
     app.add_routes([web.post("/do", fail), web.put("/do", fail)])
     client: TestClient[Any, Any] = TestClient(TestServer(app))
     async with client:
