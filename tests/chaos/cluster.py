@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import contextlib
 import os
 import resource
 import shutil
@@ -204,13 +205,13 @@ class ProxiedCluster(ClusterProcesses):
 
     def disk_bytes(self) -> int:
         """What the nodes' directories hold now."""
-        return sum(
-            (Path(where) / file).lstat().st_size
-            for node in self.nodes.values()
-            for where, _, files in os.walk(node.data_dir)
-            for file in files
-            if (Path(where) / file).exists()
-        )
+        size_bytes = 0
+        for node in self.nodes.values():
+            for where, _, files in os.walk(node.data_dir):
+                for file in files:
+                    with contextlib.suppress(FileNotFoundError):  # the node dropped it meanwhile
+                        size_bytes += (Path(where) / file).lstat().st_size
+        return size_bytes
 
 
 # An entry holds whatever arrived while the last was on its way: so many are well under a second's work.
