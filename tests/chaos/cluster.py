@@ -10,8 +10,8 @@ no privilege), so every write to the log, the store and the log file fails as th
 from __future__ import annotations
 
 import asyncio
-import itertools
 import contextlib
+import itertools
 import os
 import resource
 import shutil
