@@ -1,0 +1,227 @@
+"""Durable steps: what is to be done, kept in the store until it is done.
+
+| key | holds |
+|---|---|
+| `step/{due, 16 digits of milliseconds}/{kind}/{subject}` | `Step`: to be done from then on |
+| `claim/{kind}/{subject}` | who is at it, under that worker's lease: it goes when the worker does |
+| `parked/{kind}/{subject}` | `ParkedStep`: needs a person |
+
+A step is written by the transaction that makes it necessary (`put`), so it is there if and only if its cause is. It is
+named by its kind and subject (`expire`, `order/12`), so that the same cause cannot ask for it twice.
+
+Doing it
+1. A worker creates the claim, in a transaction that compares that there is none and that the step is as it was seen.
+   The revision of that transaction is the claim's fencing token.
+2. It calls the handler of the kind, which may talk to the world. What it does there must bear being done twice: a
+   worker that is cut off may still be at it when its lease has ended and another one begins.
+3. The handler ends it (`StepRun.finish`): what has changed, the end of the step and that of the claim are one
+   transaction, which compares the fencing token. A worker that has lost its claim changes nothing any more.
+
+A handler that fails says how: `Again` (later, with backoff) or `Park` (no attempt will help). Too many attempts park a
+step as well; `unpark` gives it back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+import kvstore
+from services.web.ids import now_ms
+
+STEPS: Final = b"step/"
+CLAIMS: Final = b"claim/"
+PARKED: Final = b"parked/"
+
+# The first attempts follow soon, because what failed is often a restart; then every five minutes, for some two hours.
+BACKOFF_MIN_S: Final = 0.5
+BACKOFF_MAX_S: Final = 300.0
+ATTEMPTS_MAX: Final = 34
+
+
+class Step(Struct, frozen=True, tag_field="v", tag=1):
+    """`arguments` are what its handler needs beside the subject. `code` says why the last attempt failed."""
+
+    kind: str
+    subject: str
+    due_ms: int
+    created_ms: int
+    arguments: dict[str, Any] = {}
+    attempt: int = 0
+    code: str = ""
+
+    @property
+    def key(self) -> bytes:
+        return step_key(self.kind, self.subject, self.due_ms)
+
+
+class ParkedStep(Struct, frozen=True, tag_field="v", tag=1):
+    step: Step
+    code: str
+    detail: str
+    parked_ms: int
+
+
+class Again(Exception):
+    """Try the step again, after `after_s` or the usual pause. `code` is stable and says why."""
+
+    def __init__(self, code: str, after_s: float | None = None) -> None:
+        super().__init__(code)
+        self.code = code
+        self.after_s = after_s
+
+
+class Park(Exception):
+    """No attempt will help: a person has to look."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{detail} [{code}]")
+        self.code = code
+        self.detail = detail
+
+
+class ClaimLost(Exception):
+    """Another worker may be at this step by now; nothing was changed."""
+
+
+decode_step = msgspec.json.Decoder(Step).decode
+decode_parked = msgspec.json.Decoder(ParkedStep).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def step_key(kind: str, subject: str, due_ms: int) -> bytes:
+    return b"%b%016d/%b" % (STEPS, due_ms, _name(kind, subject))
+
+
+def put(kind: str, subject: str, *, due_ms: int | None = None, **arguments: Any) -> kvstore.Put:
+    """For the transaction that makes the step necessary; due at once unless `due_ms` says when."""
+    now = now_ms()
+    return _put(Step(kind, subject, now if due_ms is None else due_ms, now, arguments))
+
+
+def cancel(kind: str, subject: str, due_ms: int) -> kvstore.Delete:
+    """For the transaction that makes it needless. A worker that is at it already finds what has changed by itself."""
+    return kvstore.Delete(step_key(kind, subject, due_ms))
+
+
+def backoff_s(attempt: int) -> float:
+    """The pause after the attempt of this number; 0 is the first."""
+    return min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0**attempt)
+
+
+def _put(step: Step) -> kvstore.Put:
+    return kvstore.Put(step.key, _encode(step))
+
+
+def _name(kind: str, subject: str) -> bytes:
+    return f"{kind}/{subject}".encode()
+
+
+class StepRun:
+    """One attempt at a step by the worker that holds its claim."""
+
+    __slots__ = ("_claim", "_revision", "_store", "_token", "is_ended", "step")
+
+    def __init__(self, store: kvstore.Client, step: Step, revision: int, token: int) -> None:
+        """`revision` is the step's, `token` the claim's."""
+        self._store = store
+        self._revision = revision
+        self._claim = CLAIMS + _name(step.kind, step.subject)
+        self._token = token
+        self.step = step
+        self.is_ended = False
+
+    @classmethod
+    async def claim(cls, store: kvstore.Client, step: Step, revision: int, lease: int) -> StepRun | None:
+        """None where another worker is at it, or the step is not as it was seen. A claim that this worker's lease holds
+        already is taken up again: the store did not answer when it was made, or when it was to end. So call it only
+        for a step that this worker is not at."""
+        claim = CLAIMS + _name(step.kind, step.subject)
+        result = await store.txn(
+            compare=[
+                kvstore.Compare(claim, kvstore.Target.VERSION, kvstore.Relation.EQUAL, 0),
+                kvstore.Compare(step.key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, revision),
+            ],
+            success=[kvstore.Put(claim, b"", lease=lease)],
+            failure=[kvstore.Range(claim), kvstore.Range(step.key)],
+        )
+        if result.succeeded:
+            return cls(store, step, revision, result.revision)
+        claims, steps = result.results
+        assert isinstance(claims, kvstore.RangeResult)
+        assert isinstance(steps, kvstore.RangeResult)
+        if not (claims.records and steps.records):
+            return None
+        held, seen = claims.records[0], steps.records[0]
+        if held.lease != lease or seen.mod_revision != revision:
+            return None
+        return cls(store, step, revision, held.create_revision)
+
+    async def finish(
+        self,
+        compare: list[kvstore.Compare] | None = None,
+        success: list[kvstore.Operation] | None = None,
+    ) -> bool:
+        """End the step, with what `success` changes. False, and nothing is changed, if one of `compare` does not hold:
+        read again, then decide anew. Raises `ClaimLost`."""
+        return await self._end(compare or [], success or [])
+
+    async def again(self, code: str, after_s: float | None = None) -> None:
+        """Put it off. Raises `ClaimLost`."""
+        step = self.step
+        if step.attempt + 1 >= ATTEMPTS_MAX:
+            await self.park(code, f"{ATTEMPTS_MAX} attempts failed")
+            return
+        pause_s = backoff_s(step.attempt) if after_s is None else after_s
+        due_ms = now_ms() + int(pause_s * 1000)
+        later = msgspec.structs.replace(step, due_ms=due_ms, attempt=step.attempt + 1, code=code)
+        await self._end([], [_put(later)])
+
+    async def park(self, code: str, detail: str) -> None:
+        """Leave it to people. Raises `ClaimLost`."""
+        parked = ParkedStep(self.step, code, detail, now_ms())
+        key = PARKED + _name(self.step.kind, self.step.subject)
+        await self._end([], [kvstore.Put(key, _encode(parked))])
+
+    async def _end(self, compare: list[kvstore.Compare], success: list[kvstore.Operation]) -> bool:
+        key = self.step.key
+        # Put off by less than a millisecond it has the key that it had: then writing it is ending it.
+        written = {operation.key for operation in success if isinstance(operation, kvstore.Put)}
+        ended = [] if key in written else [kvstore.Delete(key)]
+        result = await self._store.txn(
+            compare=[
+                kvstore.Compare(self._claim, kvstore.Target.CREATE_REVISION, kvstore.Relation.EQUAL, self._token),
+                kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, self._revision),
+                *compare,
+            ],
+            success=[*ended, kvstore.Delete(self._claim), *success],
+            failure=[kvstore.Range(self._claim), kvstore.Range(key)],
+        )
+        if result.succeeded:
+            self.is_ended = True
+            return True
+        claim, step = result.results
+        assert isinstance(claim, kvstore.RangeResult)
+        assert isinstance(step, kvstore.RangeResult)
+        held = bool(claim.records) and claim.records[0].create_revision == self._token
+        unchanged = bool(step.records) and step.records[0].mod_revision == self._revision
+        if not (held and unchanged):
+            raise ClaimLost(f"{self.step.kind} {self.step.subject}")
+        return False
+
+
+async def unpark(store: kvstore.Client, kind: str, subject: str) -> bool:
+    """Give a parked step back to the workers, as if new. False if there is none."""
+    key = PARKED + _name(kind, subject)
+    record = await store.get(key)
+    if record is None:
+        return False
+    now = now_ms()
+    step = msgspec.structs.replace(decode_parked(record.value).step, due_ms=now, attempt=0)
+    result = await store.txn(
+        compare=[kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, record.mod_revision)],
+        success=[kvstore.Delete(key), _put(step)],
+    )
+    return result.succeeded

@@ -1,0 +1,143 @@
+"""A worker: finds steps that are due, claims them one by one, and has their handlers do them.
+
+Any number of workers run at once, in any number of processes. Each holds one lease; all its claims are under it. If the
+worker dies they go with the lease, and others go on; if it loses the lease and lives, it stops what it is at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Final
+
+import structlog
+
+import kvstore
+from services.web.ids import now_ms
+from services.work.steps import STEPS, Again, ClaimLost, Park, Step, StepRun, decode_step
+
+# A dead worker's steps wait so long for another one; a keep-alive goes out three times meanwhile.
+LEASE_S: Final = 10.0
+# Steps wait for the network, not for a processor; more at once would wait at the provider.
+AT_ONCE_MAX: Final = 32
+# Looked for so often though no event came: also what another worker claimed, and died.
+LOOK_EVERY_S: Final = 2.0
+LOOK_AT: Final = 512  # more than a dozen workers may be at, so that what they leave is always seen
+PAUSE_S: Final = 1.0
+
+Handler = Callable[[StepRun], Awaitable[None]]
+log = structlog.get_logger("services.work")
+
+
+class Worker:
+    def __init__(
+        self,
+        store: kvstore.Client,
+        handlers: Mapping[str, Handler],
+        *,
+        lease_s: float = LEASE_S,
+        chance: random.Random | None = None,
+    ) -> None:
+        self._store = store
+        self._handlers = handlers
+        self._lease_s = lease_s
+        self._chance = chance or random.Random()
+        self._running: dict[bytes, asyncio.Task[None]] = {}
+        self._woken = asyncio.Event()
+
+    async def run(self) -> None:
+        """Work until cancelled. Outages of the store are sat out."""
+        while True:
+            try:
+                await self._work_under_a_lease()
+            except kvstore.KvError as error:
+                log.warning("worker waits for the store", code=error.code, detail=str(error))
+                await asyncio.sleep(PAUSE_S)
+
+    async def _work_under_a_lease(self) -> None:
+        lost = asyncio.Event()
+        async with self._store.lease(self._lease_s, on_lost=lost.set) as lease, asyncio.TaskGroup() as group:
+            watching = group.create_task(self._watch())
+            losing = group.create_task(lost.wait())
+            try:
+                while not lost.is_set():
+                    self._woken.clear()
+                    next_due_s = await self._start_due(group, lease.id)
+                    waking = asyncio.ensure_future(self._woken.wait())
+                    await asyncio.wait((waking, losing), timeout=next_due_s, return_when=asyncio.FIRST_COMPLETED)
+                    waking.cancel()
+                log.warning("worker lost its lease", running=len(self._running))
+            finally:
+                for task in (watching, losing, *self._running.values()):
+                    task.cancel()
+
+    async def _watch(self) -> None:
+        """Be woken by each new step."""
+        while True:
+            try:
+                async with self._store.watch(prefix=STEPS, deletes=False) as events:
+                    async for _ in events:
+                        self._woken.set()
+            except kvstore.KvError:
+                await asyncio.sleep(PAUSE_S)  # looking every few seconds does without
+
+    async def _start_due(self, group: asyncio.TaskGroup, lease: int) -> float:
+        """Begin what is due, as far as there is room. How many seconds to wait if nothing happens."""
+        now = now_ms()
+        found = await self._store.range(STEPS, b"%b%016d0" % (STEPS, now), limit=LOOK_AT)
+        due = [record for record in found.records if record.key not in self._running]
+        self._chance.shuffle(due)  # so that workers seldom want the same one
+        for record in due:
+            if len(self._running) >= AT_ONCE_MAX:
+                break
+            step = decode_step(record.value)
+            task = group.create_task(self._do(step, record.mod_revision, lease))
+            self._running[record.key] = task
+            task.add_done_callback(partial(self._done, record.key))
+        following = await self._store.range(b"%b%016d0" % (STEPS, now), kvstore.prefix_end(STEPS), limit=1)
+        if following.records:
+            due_ms = decode_step(following.records[0].value).due_ms
+            return min(LOOK_EVERY_S, max(0.0, (due_ms - now_ms()) / 1000))
+        return LOOK_EVERY_S
+
+    def _done(self, key: bytes, _: asyncio.Task[None]) -> None:
+        del self._running[key]
+        self._woken.set()
+
+    async def _do(self, step: Step, revision: int, lease: int) -> None:
+        """One attempt at one step. Raises nothing but being cancelled."""
+        try:
+            run = await StepRun.claim(self._store, step, revision, lease)
+            if run is None:
+                await asyncio.sleep(PAUSE_S)  # another worker is at it: do not ask again at once
+                return
+            await self._attempt(run)
+        except ClaimLost:
+            log.warning("claim lost", kind=step.kind, subject=step.subject)
+        except kvstore.KvError as error:
+            # It may be done all the same; if not, its claim is taken up again with the next look.
+            log.warning("step interrupted", kind=step.kind, subject=step.subject, code=error.code)
+            await asyncio.sleep(PAUSE_S)
+
+    async def _attempt(self, run: StepRun) -> None:
+        step = run.step
+        handler = self._handlers.get(step.kind)
+        try:
+            if handler is None:
+                raise Park("unknown_kind", f"this worker has no handler for {step.kind}")
+            await handler(run)
+            if not run.is_ended:
+                raise RuntimeError(f"the handler of {step.kind} neither ended its step nor said why not")
+        except Again as again:
+            log.info("step put off", kind=step.kind, subject=step.subject, attempt=step.attempt, code=again.code)
+            await run.again(again.code, again.after_s)
+        except Park as park:
+            log.error("step parked", kind=step.kind, subject=step.subject, code=park.code, detail=park.detail)
+            await run.park(park.code, park.detail)
+        except (ClaimLost, kvstore.KvError):
+            raise
+        except Exception as error:
+            log.error("step failed", kind=step.kind, subject=step.subject, attempt=step.attempt, exc_info=error)
+            await run.again("internal")
