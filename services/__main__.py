@@ -16,7 +16,7 @@ import uvloop
 
 import kvstore
 from services.web.problems import Problem
-from services.web.serve import BuildApp, CannotServe, run_service
+from services.web.serve import WORKERS_MAX, BuildApp, CannotServe, Serving, check_host, run_service
 
 # The three nodes of `kvstore dev`.
 DEV_ENDPOINTS: Final = "127.0.0.1:7421,127.0.0.1:7422,127.0.0.1:7423"
@@ -33,6 +33,21 @@ endpoints_option = click.option(
 
 def serving_options(default_port: int) -> Callable[[F], F]:
     def decorate(command: F) -> F:
+        command = click.option("--shared-port", is_flag=True, hidden=True)(command)
+        command = click.option(
+            "--requests-per-minute",
+            type=click.IntRange(0, 1_000_000_000),
+            default=0,
+            show_default="no limit",
+            help="Of one signed-in user, or of one address; in each worker.",
+        )(command)
+        command = click.option(
+            "--workers",
+            type=click.IntRange(1, WORKERS_MAX),
+            default=1,
+            show_default=True,
+            help="Processes on this port; one for each core that the service may use.",
+        )(command)
         command = click.option("--insecure", is_flag=True, help="Listen on a public address without TLS.")(command)
         command = click.option("--access-log/--no-access-log", default=True, help="One line for each request.")(command)
         command = click.option("--port", type=click.IntRange(0, 65535), default=default_port, show_default=True)(
@@ -51,20 +66,20 @@ def main() -> None:
 
 @main.command()
 @serving_options(8001)
-def users(endpoints: str, host: str, port: int, access_log: bool, insecure: bool) -> None:
+def users(**options: Any) -> None:
     """Serve accounts: register, sign in, read oneself."""
     from services.users.app import create_app
 
-    _serve("users", endpoints, create_app, host, port, insecure, access_log)
+    _serve("users", create_app, **options)
 
 
 @main.command()
 @serving_options(8002)
-def orders(endpoints: str, host: str, port: int, access_log: bool, insecure: bool) -> None:
+def orders(**options: Any) -> None:
     """Serve products, their stock, and orders."""
     from services.orders.app import create_app
 
-    _serve("orders", endpoints, create_app, host, port, insecure, access_log)
+    _serve("orders", create_app, **options)
 
 
 @main.command("create-staff")
@@ -126,13 +141,42 @@ def demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: b
 
 
 def _serve(
-    service: str, endpoints: str, build: BuildApp, host: str, port: int, insecure: bool, access_log: bool
+    service: str,
+    build: BuildApp,
+    *,
+    endpoints: str,
+    host: str,
+    port: int,
+    access_log: bool,
+    insecure: bool,
+    workers: int,
+    requests_per_minute: int,
+    shared_port: bool,
 ) -> None:
+    from services.web.limits import Limit
     from services.web.logs import AccessLog, configure_logs
+    from services.web.workers import command_of, run_workers
 
     configure_logs(service)
     try:
-        run_service(endpoints, build, host, port, insecure, AccessLog(service) if access_log else None)
+        if workers > 1:
+            check_host(host, insecure)
+            options = [f"--endpoints={endpoints}", f"--host={host}", f"--port={port}"]
+            options += ["--access-log" if access_log else "--no-access-log", *(["--insecure"] if insecure else [])]
+            options += [f"--requests-per-minute={requests_per_minute}"]
+            sys.exit(run_workers(command_of(service, options), workers, host, port))
+        run_service(
+            build,
+            Serving(
+                endpoints=endpoints,
+                host=host,
+                port=port,
+                insecure=insecure,
+                shared_port=shared_port,
+                access_log=AccessLog(service) if access_log else None,
+                limit=Limit(service, requests_per_minute) if requests_per_minute else None,
+            ),
+        )
     except (CannotServe, ValueError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -6,7 +6,7 @@ What the middleware (`_frame`) does for each request, in one place so that it co
 - a bound on requests in flight
 - every error becomes a problem body; an error that nobody foresaw is logged with its story and answered without it
 - the store's errors become 503: `store_unavailable` (nothing happened), `outcome_unknown` (it may have)
-- one line of access log
+- one line of access log, and its part of the metrics
 
 What each endpoint takes and gives is declared (`endpoints.py`); the application serves the document of all of them at
 `/openapi.json`, and a page to read and try it at `/docs`.
@@ -31,6 +31,8 @@ from services.web.answers import CALLER_ID, LIMIT_HEADERS, REQUEST_ID, json_resp
 from services.web.bodies import BODY_BYTES_MAX
 from services.web.endpoints import Api
 from services.web.logs import AccessLog
+from services.web.metrics import CONTENT_TYPE as METRICS_TYPE
+from services.web.metrics import Metrics
 from services.web.openapi import document
 from services.web.problems import PROBLEMS, Problem, ProblemType
 
@@ -63,8 +65,8 @@ STATE: Final = web.AppKey("state", State)
 
 def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None) -> web.Application:
     """The application of a service. It owns neither the store nor the log."""
-    state = State()
-    app = web.Application(middlewares=[_frame(state, access_log)], client_max_size=BODY_BYTES_MAX)
+    state, metrics = State(), Metrics()
+    app = web.Application(middlewares=[_frame(state, metrics, access_log)], client_max_size=BODY_BYTES_MAX)
     app[STATE] = state
     health = _Health(store, state)
     openapi = msgspec.json.encode(document(api))
@@ -72,8 +74,12 @@ def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None
     async def read_openapi(request: web.Request) -> web.Response:
         return json_response(openapi)
 
+    async def read_metrics(request: web.Request) -> web.Response:
+        return web.Response(body=metrics.text(), headers={"Content-Type": METRICS_TYPE})
+
     app.add_routes(
         [
+            web.get("/metrics", read_metrics),
             web.get("/livez", health.livez),
             web.get("/readyz", health.readyz),
             web.get("/problems/{code}", _problem_page),
@@ -88,7 +94,7 @@ def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None
 # --- the middleware ---------------------------------------------------------------------------------------------------
 
 
-def _frame(state: State, access_log: AccessLog | None) -> Middleware:
+def _frame(state: State, metrics: Metrics, access_log: AccessLog | None) -> Middleware:
     @web.middleware
     async def frame(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.perf_counter()
@@ -97,6 +103,7 @@ def _frame(state: State, access_log: AccessLog | None) -> Middleware:
             request_id = secrets.token_hex(12)
         request[REQUEST_ID] = request_id
         state.in_flight += 1
+        metrics.began()
         response: web.StreamResponse
         try:
             if state.in_flight > IN_FLIGHT_MAX and request.path != "/livez":  # busy is not dead
@@ -112,6 +119,8 @@ def _frame(state: State, access_log: AccessLog | None) -> Middleware:
         limits = request.get(LIMIT_HEADERS)
         if limits is not None:
             response.headers.update(limits)
+        resource = request.match_info.route.resource
+        metrics.ended(request.method, resource.canonical if resource else None, response.status, started)
         if access_log is not None:
             user = request.get(CALLER_ID)
             access_log.add(request.method, request.path, response.status, started, request_id, user)

@@ -20,18 +20,21 @@ from typing import Final
 import structlog
 import uvloop
 from aiohttp import web
+from msgspec import Struct
 
 import kvstore
 from services.web.app import STATE
+from services.web.limits import Limit
 from services.web.logs import AccessLog
 
 GRACE_S: Final = 10.0  # the store's own timeout is 5 s, so whatever runs has an answer by then
 KEEPALIVE_S: Final = 75.0
+WORKERS_MAX: Final = 64  # more than the cores of any machine that this was thought for
 BACKLOG: Final = 1024  # a burst of clients after a leader change must not be turned away
 
 log = structlog.get_logger("services")
 
-BuildApp = Callable[[kvstore.Client, AccessLog | None], web.Application]
+BuildApp = Callable[[kvstore.Client, AccessLog | None, Limit | None], web.Application]
 
 
 class CannotServe(Exception):
@@ -42,13 +45,23 @@ class CannotServe(Exception):
         self.code = code
 
 
-def run_service(
-    endpoints: str | None, build: BuildApp, host: str, port: int, insecure: bool, access_log: AccessLog | None
-) -> None:
+class Serving(Struct, frozen=True, kw_only=True):
+    """How a service is to run. With `shared_port` others listen on the same one, and one looks after all of them."""
+
+    endpoints: str | None
+    host: str
+    port: int
+    insecure: bool = False
+    shared_port: bool = False
+    access_log: AccessLog | None = None
+    limit: Limit | None = None
+
+
+def run_service(build: BuildApp, serving: Serving) -> None:
     """Serve until a signal. Raises `CannotServe`, and ValueError for endpoints that are none."""
-    check_host(host, insecure)
+    check_host(serving.host, serving.insecure)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(endpoints, build, host, port, access_log))
+        runner.run(_serve(build, serving))
 
 
 def check_host(host: str, insecure: bool) -> None:
@@ -64,7 +77,7 @@ def check_host(host: str, insecure: bool) -> None:
     )
 
 
-async def _serve(endpoints: str | None, build: BuildApp, host: str, port: int, access_log: AccessLog | None) -> None:
+async def _serve(build: BuildApp, serving: Serving) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -75,8 +88,10 @@ async def _serve(endpoints: str | None, build: BuildApp, host: str, port: int, a
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    async with kvstore.connect(endpoints) as store:
-        app = build(store, access_log)
+    if serving.shared_port:
+        _follow_parent(loop, stop)
+    async with kvstore.connect(serving.endpoints) as store:
+        app = build(store, serving.access_log, serving.limit)
         runner = web.AppRunner(
             app,
             access_log=None,  # ours is in the application
@@ -87,23 +102,36 @@ async def _serve(endpoints: str | None, build: BuildApp, host: str, port: int, a
         )
         await runner.setup()
         try:
-            site = web.TCPSite(runner, host, port, backlog=BACKLOG)
+            site = web.TCPSite(
+                runner, serving.host, serving.port, backlog=BACKLOG, reuse_port=serving.shared_port or None
+            )
             try:
                 await site.start()
             except OSError as error:
-                raise _cannot_listen(error, host, port) from None
+                raise cannot_listen(error, serving.host, serving.port) from None
             log.info("listening", url=f"http://{_bound(runner)}", pid=os.getpid())
             await stop.wait()
             log.info("stopping", in_flight=app[STATE].in_flight)
             app[STATE].stopping = True
         finally:
             await runner.cleanup()
-            if access_log is not None:
-                access_log.flush()
+            if serving.access_log is not None:
+                serving.access_log.flush()
     log.info("stopped")
 
 
-def _cannot_listen(error: OSError, host: str, port: int) -> CannotServe:
+def _follow_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Standard input is a pipe from the process that looks after this one, and ends with it, however that ends."""
+
+    def on_readable() -> None:
+        if not os.read(0, 1024):
+            loop.remove_reader(0)
+            stop.set()
+
+    loop.add_reader(0, on_readable)
+
+
+def cannot_listen(error: OSError, host: str, port: int) -> CannotServe:
     if error.errno == errno.EADDRINUSE:
         return CannotServe("address_in_use", f"{host}:{port} is in use: stop what uses it, or choose another --port")
     return CannotServe("startup_failed", f"cannot listen on {host}:{port}: {error.strerror or error}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from tests.cluster.harness import ROOT, ClusterProcesses, free_ports
+from tests.cluster.harness import ROOT, ClusterProcesses, free_ports, until
 from tests.services.processes import ServiceProcess
 
 PASSWORD = "correct horse battery staple"
@@ -81,6 +82,71 @@ async def test_a_port_in_use(tmp_path: Path) -> None:
         code, output = await command("orders", "--port", port, "--endpoints", f"127.0.0.1:{nobody}")
     assert code == 1
     assert "[address_in_use]" in output
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
+
+
+async def test_several_workers_on_one_port(tmp_path: Path) -> None:
+    async with (
+        ClusterProcesses(tmp_path, nodes=1) as cluster,
+        ServiceProcess("orders", cluster.endpoints, tmp_path, "--workers", "3") as orders,
+    ):
+        assert orders.process is not None
+        parent = orders.process.pid
+
+        async def ask(path: str) -> str:
+            async with aiohttp.ClientSession() as session, session.get(orders.url + path) as answer:
+                assert answer.status == 200
+                return await answer.text()
+
+        async def all_up() -> bool:
+            return orders.log().count('"listening"') >= 3
+
+        await until(all_up, 20.0, "three workers")
+        first = children_of(parent)
+        assert len(first) == 3
+        for _ in range(30):
+            await ask("/livez")
+        # Whichever is asked answers for all.
+        counted = [line for line in (await ask("/metrics")).splitlines() if 'path="/livez"' in line]
+        assert any(line.startswith("http_request_seconds_count") and float(line.split()[-1]) >= 30 for line in counted)
+
+        os.kill(first[0], signal.SIGKILL)
+
+        async def another() -> bool:
+            now = children_of(parent)
+            return len(now) == 3 and first[0] not in now and orders.log().count('"listening"') >= 4
+
+        await until(another, 20.0, "another worker")
+        second = children_of(parent)
+        assert await orders.stop() == 0
+        assert not any(is_alive(pid) for pid in second)
+
+
+async def test_workers_end_with_who_looks_after_them(tmp_path: Path) -> None:
+    (nobody,) = free_ports(1)
+    endpoints = f"127.0.0.1:{nobody}"
+    async with ServiceProcess("orders", endpoints, tmp_path, "--workers", "2", wait_for="/livez") as orders:
+        assert orders.process is not None
+        workers = children_of(orders.process.pid)
+        port = orders.url.rpartition(":")[2]
+        code, output = await command("orders", "--port", port, "--endpoints", endpoints, "--workers", "2")
+        assert (code, "[address_in_use]" in output) == (1, True)
+        orders.process.kill()
+
+        async def none_left() -> bool:
+            return not any(is_alive(pid) for pid in workers)
+
+        await until(none_left, 20.0, "no worker")
 
 
 @pytest.mark.parametrize("service", ["users", "orders"])
