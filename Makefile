@@ -57,9 +57,13 @@ lint: $(VENV)/installed-to-test
 	@echo "mypy --strict"
 	@$(BIN)/mypy kvstore services bench
 
+# What starts clusters, or takes all cores by itself, runs alone: it would be late beside other tests, and make them late.
+ALONE := tests/cluster tests/simulation
 test: lint
-	@echo "pytest"
-	@$(BIN)/python -m pytest
+	@echo "pytest, on all cores"
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ALONE:%=--ignore=%)
+	@echo "pytest $(ALONE)"
+	@$(BIN)/python -m pytest $(ALONE)
 
 # SEED=123 replays one run, SEEDS=1000 is a campaign; NODES=3 or 5 instead of both by turns; SIM='--shrink 123' or any
 # other options of the command, which `python -m tests.simulation --help` lists.
