@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -61,7 +62,10 @@ def serving_options(default_port: int) -> Callable[[F], F]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """The user service and the order service. They keep everything in kvstore; run any number of each."""
+    """The user service and the order service. They keep everything in kvstore; run any number of each.
+
+    Beside them: a payment provider to test against.
+    """
 
 
 @main.command()
@@ -80,6 +84,33 @@ def orders(**options: Any) -> None:
     from services.orders.app import create_app
 
     _serve("orders", create_app, **options)
+
+
+@main.command("sandbox-psp")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8003, show_default=True)
+@click.option("--insecure", is_flag=True, help="Listen on a public address without TLS.")
+@click.option("--data-dir", type=click.Path(path_type=Path), default="data/sandbox-psp", show_default=True)
+@click.option("--api-key", envvar="SANDBOX_PSP_API_KEY", help="For requests. Default: sk_sandbox.")
+@click.option("--webhook-url", envvar="SANDBOX_PSP_WEBHOOK_URL", default="", help="Default: no webhooks.")
+@click.option(
+    "--webhook-secret",
+    "webhook_secrets",
+    envvar="SANDBOX_PSP_WEBHOOK_SECRETS",
+    multiple=True,
+    help="Twice while one is replaced. Default: whsec_sandbox.",
+)
+@click.option("--public-url", default="", help="Where customers reach it, if not where requests come to.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the failures that chance chooses.")
+@click.option("--failure", "rates", multiple=True, metavar="KIND=RATE", help="As timeout_after=0.05; several.")
+def sandbox_psp(**options: Any) -> None:
+    """Serve a payment provider to test against, another company's as it were: it fails on demand."""
+    from services.sandbox_psp.process import run_command
+
+    try:
+        run_command(**options)
+    except (CannotServe, ValueError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 @main.command("create-staff")

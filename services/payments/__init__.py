@@ -1,0 +1,1 @@
+"""Payments: the interface behind which every provider stands, and its adapters."""

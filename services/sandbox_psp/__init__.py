@@ -1,0 +1,1 @@
+"""A payment provider to test against: another company's system, in a process of its own, that fails when told to."""
