@@ -244,8 +244,8 @@ class Provider(Protocol):
         it. Reads what is true, not what a cache remembers."""
 
     def verify(self, headers: Mapping[str, str], body: bytes, now_s: float) -> WebhookEvent | None:
-        """The event in a webhook's body; None for one that is of no concern to us. `headers` are found whatever the case
-        of their names. Raises `InvalidWebhook`."""
+        """The event in a webhook's body; None for one that is of no concern to us. `headers` finds names in any case,
+        as aiohttp's do. Raises `InvalidWebhook`."""
 
 
 class ChargeEntry(Struct, frozen=True):

@@ -6,6 +6,9 @@ How answers are read
   body, which comes from something in between.
 - anything else, or nothing: `ProviderUnknown`. That includes a connection that could not be made: the caller asks
   with `find` all the same, and has one case less to get wrong.
+
+Nothing is retried here. (aiohttp itself sends a GET again where a connection that was used before turns out to be dead;
+a POST never.)
 """
 
 from __future__ import annotations

@@ -31,10 +31,7 @@ class Books:
         self.events: dict[str, Event] = {}  # those that are to be delivered
         self._by_action: dict[str, str] = {}
         self._events_made = 0
-        self._journal = Journal(directory)
-        for record in self._journal.records:
-            self._apply(decode_change(record))
-        self._journal.records.clear()
+        self._journal = Journal(directory, lambda record: self._apply(decode_change(record)))
 
     def commit(self, change: Change) -> None:
         """Raises `Refusal` where the books are full, OSError where the journal has failed; then nothing has changed."""

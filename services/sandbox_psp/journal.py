@@ -14,6 +14,7 @@ import asyncio
 import fcntl
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -27,12 +28,13 @@ class JournalDamaged(Exception):
 class Journal:
     """Belongs to one event loop, and holds the file for itself alone."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises `JournalDamaged`, also where another process has the file; OSError. `records` is what it held."""
+    def __init__(self, directory: Path, replay: Callable[[bytes], None]) -> None:
+        """Gives `replay` each record that is there. Raises `JournalDamaged`, also where another process has the file;
+        OSError."""
         directory.mkdir(parents=True, exist_ok=True)
         self._file = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            self.records = self._read(directory / FILE_NAME)
+            self._read(directory / FILE_NAME, replay)
             _sync_directory(directory)
         except BaseException:
             os.close(self._file)
@@ -60,8 +62,10 @@ class Journal:
         await asyncio.shield(task)
 
     async def close(self) -> None:
+        """Raises OSError where the last lines cannot be written; not for a failure before, which was told of."""
         try:
-            await self.synced()
+            if not self._failed:
+                await self.synced()
         finally:
             os.close(self._file)
 
@@ -86,24 +90,23 @@ class Journal:
             rest = rest[os.write(self._file, rest) :]
         os.fdatasync(self._file)
 
-    def _read(self, path: Path) -> list[bytes]:
+    def _read(self, path: Path, replay: Callable[[bytes], None]) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise JournalDamaged(f"{path} is in use by another process: choose another --data-dir") from None
-        data = path.read_bytes()
-        lines = data.split(b"\n")
-        torn = lines.pop()  # after the last line feed there is nothing, unless a write was cut off
-        records = []
-        for number, line in enumerate(lines, 1):
-            record = line[9:]
-            if line != _line(record)[:-1]:
-                raise JournalDamaged(f"{path}, line {number} is damaged: begin with an empty --data-dir")
-            records.append(record)
-        if torn:
-            os.ftruncate(self._file, len(data) - len(torn))
-            os.fsync(self._file)
-        return records
+        whole_bytes = 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):  # only the last one can be without
+                    os.ftruncate(self._file, whole_bytes)
+                    os.fsync(self._file)
+                    return
+                record = line[9:-1]
+                if line != _line(record):
+                    raise JournalDamaged(f"{path}, line {number} is damaged: begin with an empty --data-dir")
+                whole_bytes += len(line)
+                replay(record)
 
 
 def _line(record: bytes) -> bytes:

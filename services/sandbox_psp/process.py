@@ -57,12 +57,19 @@ def run_command(
 ) -> None:
     """`python -m services sandbox-psp`: its options as they were typed. Raises `CannotServe`, ValueError."""
     configure_logs("sandbox-psp")
-    pairs = [rate.partition("=") for rate in rates]
-    settings = msgspec.convert({"seed": seed, "rates": {kind: rate for kind, _, rate in pairs}}, Settings, strict=False)
     options = Options(
-        api_key=api_key or API_KEY, webhook_secrets=webhook_secrets or (WEBHOOK_SECRET,), settings=settings, **more
+        api_key=api_key or API_KEY,
+        webhook_secrets=webhook_secrets or (WEBHOOK_SECRET,),
+        settings=settings_of(seed, rates),
+        **more,
     )
     run(options)
+
+
+def settings_of(seed: int, rates: tuple[str, ...]) -> Settings:
+    """From rates as they are typed: `slow=0.1`. Raises ValueError."""
+    pairs = [rate.partition("=") for rate in rates]
+    return msgspec.convert({"seed": seed, "rates": {kind: rate for kind, _, rate in pairs}}, Settings, strict=False)
 
 
 def run(options: Options) -> None:

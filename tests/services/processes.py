@@ -21,13 +21,17 @@ STOP_S = 15.0  # its own grace is 10 s
 class ServiceProcess:
     """`async with ServiceProcess("orders", endpoints, tmp_path) as orders: ... orders.url`"""
 
-    def __init__(self, service: str, endpoints: str, path: Path, *arguments: str, wait_for: str = "/readyz") -> None:
+    def __init__(
+        self, service: str, endpoints: str | None, path: Path, *arguments: str, wait_for: str = "/readyz"
+    ) -> None:
+        """`endpoints` None is a service without a store. Once left, it may be entered again: on the same port."""
         self._wait_for = wait_for
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = path / f"{service}-{port}.log"
         self._command = [
-            sys.executable, "-m", "services", service, "--port", str(port), "--endpoints", endpoints, *arguments,
+            sys.executable, "-m", "services", service, "--port", str(port),
+            *([] if endpoints is None else ["--endpoints", endpoints]), *arguments,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
