@@ -21,7 +21,7 @@ from services.sandbox_psp.books import Books
 from services.sandbox_psp.failures import Failure, Failures, plan_of
 from services.sandbox_psp.records import Change, Event, encode
 
-# A merchant that is down for longer than a task's memory (1 KiB) may grow has to ask for what it missed.
+# An event that waits is a task of a few KiB: some 50 MB. A merchant who is down for longer asks for what was missed.
 WAITING_MAX: Final = 10_000
 AT_ONCE_MAX: Final = 16  # more would be an attack on the merchant
 TIMEOUT_S: Final = 5.0  # to take an event in is one write; who needs longer gets it again
