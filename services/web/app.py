@@ -39,6 +39,7 @@ from services.web.problems import PROBLEMS, Problem, ProblemType
 # 1,024 orders in flight fill four entries of the store's log; more would only wait longer, so say so early.
 IN_FLIGHT_MAX: Final = 1024
 READY_TIMEOUT_S: Final = 1.0  # a probe's answer is wanted soon; a longer outage is one
+VERSION_NEEDED: Final = 2  # of the cluster: it has leases (a new one takes a moment to find out that it may)
 READY_KEY: Final = b"ready"  # never written: reading it proves a quorum, whatever it holds
 
 _SANE_REQUEST_ID: Final = re.compile(r"\A[A-Za-z0-9._:-]{8,128}\Z")
@@ -166,6 +167,9 @@ class _Health:
         if self._state.stopping:
             raise Problem("shutting_down", "Send requests to another process")
         await self._store.get(READY_KEY, timeout=READY_TIMEOUT_S)
+        status = await self._store.status(timeout=READY_TIMEOUT_S)
+        if status.cluster_version < VERSION_NEEDED:
+            raise Problem("store_unavailable", "The store cannot do all that this service needs before it is upgraded")
         return json_response(b'{"status":"ok"}')
 
 

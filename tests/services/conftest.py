@@ -8,13 +8,21 @@ from pathlib import Path
 import pytest
 
 import kvstore
+from services.web.app import VERSION_NEEDED
+from tests.cluster.harness import until
 from tests.services.shop import Shop
 
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[kvstore.Client]:
     async with kvstore.open_embedded(str(tmp_path / "store")) as client:
+        # A new store takes a moment to find out that all of its members, this one, know leases: `/readyz` waits for it.
+        await until(lambda: has_leases(client), 10.0, "leases", poll_s=0.005)
         yield client
+
+
+async def has_leases(client: kvstore.Client) -> bool:
+    return (await client.status()).cluster_version >= VERSION_NEEDED
 
 
 @pytest.fixture

@@ -289,7 +289,7 @@ async def test_the_document_is_valid_and_names_every_endpoint(store: kvstore.Cli
         if route.resource is not None and route.method != "HEAD"
     }
     documented = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
-    about_itself = {"/livez", "/readyz", "/problems/{code}", "/openapi.json", "/docs", "/docs/{name}"}
+    about_itself = {"/livez", "/metrics", "/readyz", "/problems/{code}", "/openapi.json", "/docs", "/docs/{name}"}
     assert {one for one in served if one[0] not in about_itself} == documented
 
 
