@@ -127,7 +127,7 @@ async def test_what_is_unanswered_at_the_deadline_is_a_timeout_whatever_came_bef
 
 async def test_retries_back_off(kv: Client, node: FakeNode) -> None:
     node.always = fail("overloaded")
-    with pytest.raises(Unavailable):
+    with pytest.raises((Unavailable, OutcomeUnknown)):  # the time may be up while the last attempt is on its way
         await kv.put(b"a", b"1", timeout=1.0)
     # With full jitter the n-th wait is half of 10 ms * 2**n on average; 40 is far beyond any luck.
     assert 3 <= len(node.writes) <= 40

@@ -167,7 +167,7 @@ async def test_nobody_there() -> None:
         started = time.monotonic()
         with pytest.raises(Unavailable) as caught:
             await kv.put(b"a", b"1")
-        assert 0.3 <= time.monotonic() - started < 0.5
+        assert 0.3 <= time.monotonic() - started < 2.0  # not the default of 5 s, on however busy a machine
         assert caught.value.code == "timeout"
         assert "cannot connect" in caught.value.message
         with pytest.raises(Unavailable):
