@@ -5,7 +5,10 @@
 
 Each chunk is one of the structs below: a `Header`, any number of `Records` in key order, the `Leases`, and an `End`,
 which has the counts, the digest of the records, and a SHA-256 of all bytes before it. So a file that was cut, or
-changed by a single byte anywhere, is refused, and nothing of it is believed before its end was seen.
+changed by a single byte anywhere, is refused as damaged, and nothing of it is believed before its end was seen.
+
+Every later format, too, begins with such a line and such a chunk, a `Header` that begins with the same number: only
+where both name it is a file of a newer format, and else a damaged one.
 
 The digest is that of `kvstore verify`: hashes of pages, hashed. A page ends with the record that makes it
 `DIGEST_RECORDS_MAX` records or `DIGEST_BYTES_MAX` bytes; in a file of format 1, which is read as well, records alone
@@ -19,7 +22,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO, TypeVar, Union
 
 import google_crc32c
 import msgspec
@@ -28,10 +31,12 @@ from msgspec import Struct
 from kvstore.errors import Refused
 from kvstore.model import DIGEST_BYTES_MAX, DIGEST_RECORDS_MAX, Record
 
+T = TypeVar("T")
+
 FORMAT = 2
 _MAGIC_STEM = b"kvstore backup "
 MAGIC = _MAGIC_STEM + b"%d\n" % FORMAT
-_MAGICS = frozenset(_MAGIC_STEM + b"%d\n" % format for format in range(1, FORMAT + 1))
+_MAGIC_BYTES_MAX = 32  # whatever number a later format has
 _FRAME = struct.Struct(">II")
 # A chunk of records is closed at about this size; one record may be larger than that by itself.
 CHUNK_BYTES = 1024 * 1024
@@ -52,6 +57,12 @@ class Header(Struct, array_like=True, frozen=True, tag=0):
     revision: int
     made_ms: int
     version: str
+
+
+class _AnyHeader(Struct, array_like=True, frozen=True, tag=0):
+    """What the header of every format begins with."""
+
+    format: int
 
 
 class SavedLease(Struct, array_like=True, frozen=True, gc=False):
@@ -76,6 +87,7 @@ class End(Struct, array_like=True, frozen=True, tag=3):
 
 
 Chunk = Union[Header, Leases, Records, End]
+_header_decoder = msgspec.msgpack.Decoder(_AnyHeader)
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Chunk)
 
 
@@ -196,28 +208,26 @@ def read_backup(file: BinaryIO) -> Iterator[Chunk]:
     """Every chunk, in order, each checked; the `End` comes last, and only if the file is whole. Raises
     `Refused`: `backup_damaged`, `backup_format_newer`."""
     sha = hashlib.sha256()
-    magic = file.read(len(MAGIC))
-    if magic not in _MAGICS:
-        raise _no_backup(magic)
+    magic = file.readline(_MAGIC_BYTES_MAX)
+    format = _format_of(magic)
+    if format > FORMAT:
+        raise _newer_or_damaged(file, format, len(magic))
+    if not format:
+        raise Refused("this file is no backup of kvstore, or its beginning is damaged", code="backup_damaged")
     sha.update(magic)
     offset = len(magic)
-    hashed = PagedHash()
+    hashed = PagedHash(format)
     leases = records = 0
     last_key: bytes | None = None
     expected: tuple[type, ...] = (Header,)
     while True:
-        frame = file.read(_FRAME.size)
-        length, checksum = _FRAME.unpack(frame) if len(frame) == _FRAME.size else (CHUNK_BYTES_MAX + 1, 0)
-        body = file.read(length) if length <= CHUNK_BYTES_MAX else b""
-        if len(body) != length or google_crc32c.value(frame[:4] + body) != checksum:
-            raise _damaged(offset, "a chunk is cut off or its checksum is wrong")
-        chunk = _decoded(body, offset)
+        frame, body = _framed(file, offset)
+        chunk: Chunk = _decoded(_decoder, body, offset)
         if not isinstance(chunk, expected):
             raise _damaged(offset, f"a {type(chunk).__name__} stands where it cannot")
         if isinstance(chunk, Header):
-            if chunk.format > FORMAT:
-                raise _newer(chunk.format)
-            hashed = PagedHash(chunk.format)
+            if chunk.format != format:
+                raise _damaged(offset, f"it begins as one of format {format}, and its header is of {chunk.format}")
             expected = (Records, Leases, End)
         elif isinstance(chunk, Leases):
             expected = (Leases, End)
@@ -241,28 +251,41 @@ def read_backup(file: BinaryIO) -> Iterator[Chunk]:
         offset += len(frame) + len(body)
 
 
-def _decoded(body: bytes, offset: int) -> Chunk:
+def _format_of(magic: bytes) -> int:
+    """The format that the first line names; 0 where it is no such line."""
+    number = magic.removeprefix(_MAGIC_STEM).removesuffix(b"\n")
+    return int(number) if number.isdigit() and magic == _MAGIC_STEM + b"%d\n" % int(number) else 0
+
+
+def _framed(file: BinaryIO, offset: int) -> tuple[bytes, bytes]:
+    """The next chunk, compressed, behind what frames it."""
+    frame = file.read(_FRAME.size)
+    length, checksum = _FRAME.unpack(frame) if len(frame) == _FRAME.size else (CHUNK_BYTES_MAX + 1, 0)
+    body = file.read(length) if length <= CHUNK_BYTES_MAX else b""
+    if len(body) != length or google_crc32c.value(frame[:4] + body) != checksum:
+        raise _damaged(offset, "a chunk is cut off or its checksum is wrong")
+    return frame, body
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[T], body: bytes, offset: int) -> T:
     try:
         inflated = zlib.decompressobj()
         data = inflated.decompress(body, CHUNK_BYTES_MAX)
         if inflated.unconsumed_tail or not inflated.eof or inflated.unused_data:
             raise _damaged(offset, "a chunk is larger than it can be, or not whole")
-        chunk: Chunk = _decoder.decode(data)
+        return decoder.decode(data)
     except (zlib.error, msgspec.DecodeError) as error:
         raise _damaged(offset, str(error)) from error
-    return chunk
 
 
-def _no_backup(magic: bytes) -> Refused:
-    number = magic[len(_MAGIC_STEM) : -1]
-    if magic.startswith(_MAGIC_STEM) and magic.endswith(b"\n") and number.isdigit() and int(number) > FORMAT:
-        return _newer(int(number))
-    return Refused("this file is no backup of kvstore, or its beginning is damaged", code="backup_damaged")
-
-
-def _newer(found: int) -> Refused:
+def _newer_or_damaged(file: BinaryIO, format: int, offset: int) -> Refused:
+    """A single byte of the first line may have been changed: the header has its own word on the format."""
+    _, body = _framed(file, offset)
+    named = _decoded(_header_decoder, body, offset).format
+    if named != format:
+        return _damaged(offset, f"it begins as one of format {format}, and its header is of {named}")
     return Refused(
-        f"the backup is of format {found}; this version knows up to {FORMAT}: restore it with a newer one",
+        f"the backup is of format {format}; this version knows up to {FORMAT}: restore it with a newer one",
         code="backup_format_newer",
     )
 

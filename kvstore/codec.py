@@ -235,7 +235,8 @@ class Watching(Struct, array_like=True, forbid_unknown_fields=True, frozen=True,
 
 class WatchEvents(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False, tag=7):
     """Events of watch `id`, in order. With these it has every event up to `revision`; but with `more`, the events of
-    that revision itself go on in the next frame. `size_bytes` is what they take of the window."""
+    that revision itself go on in the next frame, which may only say that there are none left. `size_bytes` is what they
+    take of the window."""
 
     id: int
     revision: int
@@ -271,6 +272,8 @@ Frame = Union[ClientFrame, SentFrame]
 
 # The second byte of a small array whose first item is the tag of `model.ErrorResult`.
 _ERROR_TAG = 127
+# … and of the mutations that change nothing but how long something lives.
+_KEEP_TAGS = (18, 23)
 
 _encoder = msgspec.msgpack.Encoder()
 _mutation_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(model.Mutation)
@@ -321,6 +324,12 @@ def decode_result(data: Buffer) -> model.Result:
 def is_refusal(result: Raw) -> bool:
     """Whether an encoded result is an `ErrorResult`, by its tag alone."""
     return memoryview(result)[1] == _ERROR_TAG
+
+
+def is_keep_alive(request: Buffer) -> bool:
+    """Whether an encoded mutation is a `KeepSession` or a `KeepLease`, by its tag alone."""
+    view = memoryview(request)
+    return len(view) > 1 and view[1] in _KEEP_TAGS
 
 
 def encode_event(event: model.Event) -> bytes:

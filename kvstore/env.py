@@ -162,9 +162,12 @@ class Environment:
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` -> (host, port); an IPv6 host stands in brackets. Raises ValueError."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not separator or not bare or set(bare) & set("[]") or not port.isascii() or not port.isdigit():
         raise ValueError(f"{address!r} is no host:port")
-    return host.strip("[]"), int(port)
+    if int(port) > 65535:
+        raise ValueError(f"{address!r} has no port that there is; the largest is 65535")
+    return bare, int(port)
 
 
 # --- the real ones ---------------------------------------------------------------------------------------------------

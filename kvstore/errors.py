@@ -80,7 +80,7 @@ REFUSED_CODES = frozenset(
         "value_too_large",
         "request_too_large",
         "result_too_large",
-        "range_too_large",  # more records than one operation may walk over
+        "range_too_large",  # more records than one request may walk over, or replace
         "too_many_operations",
         "invalid_range",
         "duplicate_key",  # a key written more than once in one transaction
@@ -103,8 +103,10 @@ REFUSED_CODES = frozenset(
         "member_exists",
         "member_unknown",
         "node_identity_changed",  # a known name came back with another node id
+        "wrong_node",  # at a member's address another node answers
         "would_lose_quorum",
         "not_learner",
+        "not_voter",  # a learner cannot lead
         "not_caught_up",
         "cannot_remove_leader",
         "backup_damaged",  # cut, changed, or no backup at all
@@ -134,7 +136,7 @@ STARTUP_CODES = frozenset(
         "startup_failed",
         "data_dir_in_use",
         "data_format_newer",
-        "data_dir_not_empty",  # where something was to be restored
+        "data_dir_not_empty",  # a new node's, and something that is no node's is in it
         "data_dir_mismatch",  # the directory belongs to another node or cluster
         "wal_damaged",
         "state_damaged",

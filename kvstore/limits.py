@@ -7,6 +7,9 @@ What is no request at all (a str among the operations) is its maker's mistake, a
 
 from __future__ import annotations
 
+import ipaddress
+import re
+
 from kvstore import model
 from kvstore.errors import Refused
 from kvstore.model import (
@@ -24,6 +27,12 @@ from kvstore.model import (
     Target,
     Txn,
 )
+
+# What a node is called, and the id of its log: they go into file names, engine ids and log lines.
+_NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# A name of the DNS, of at most 253 characters; one that ends in a number would be taken for an IPv4 address.
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?:[A-Za-z0-9_-]{1,63}\.)*(?![0-9]+\.?\Z)[A-Za-z0-9_-]{1,63}\.?")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{1,45}(?:%[A-Za-z0-9._-]{1,15})?)\]|([^\[\]:]{1,253})):([0-9]{1,5})")
 
 
 def check_mutation(request: model.Mutation, size_bytes: int) -> None:
@@ -71,8 +80,10 @@ def check_read(request: model.Read, size_bytes: int) -> None:
 
 
 def check_watch(start: bytes, end: bytes | None, from_revision: int, window_bytes: int) -> None:
-    """Raises `Refused`."""
+    """Raises `Refused`; also where there is nothing to watch."""
     _check_range(start, end, ())
+    if end and end == start:
+        raise Refused("a watch's range is empty: its end is not above its start", code="invalid_range")
     if not 0 <= from_revision <= model.INT64_MAX:
         raise Refused(f"a revision is a number from 0 to 2^63 - 1, not {from_revision}", code="invalid_request")
     if not model.WATCH_WINDOW_BYTES_MIN <= window_bytes <= model.WATCH_WINDOW_BYTES_MAX:
@@ -81,6 +92,51 @@ def check_watch(start: bytes, end: bytes | None, from_revision: int, window_byte
             f"not {window_bytes}",
             code="invalid_request",
         )
+
+
+def is_node_name(name: str) -> bool:
+    """1 to 64 of letters, digits, `.`, `_`, `-`; and a directory's own name or its parent's is none."""
+    return _NODE_NAME.fullmatch(name) is not None and name not in (".", "..")
+
+
+def check_member(member: model.Member) -> None:
+    """What is to be recorded for the whole cluster: only what the others can use. A member without an address for
+    clients is one that serves none. Raises `Refused`."""
+    for what, name in (("name", member.name), ("node id", member.node_id)):
+        if not is_node_name(name):
+            raise Refused(
+                f"{_short(name)} is no {what}: use 1 to 64 of letters, digits, '.', '_', '-'", code="invalid_request"
+            )
+    check_address(member.peer_address)
+    if member.client_address:
+        check_address(member.client_address)
+
+
+def check_address(address: str) -> None:
+    """An address that others are told to connect to: a host that is one, and a port. Raises `Refused`."""
+    parts = _ADDRESS.fullmatch(address)
+    if parts is None:
+        raise _no_address(address, "write host:port, and an IPv6 host in brackets")
+    in_brackets, bare, port = parts.groups()
+    try:
+        ip = ipaddress.ip_address(in_brackets or bare)
+    except ValueError:
+        ip = None
+    if ip is None and (in_brackets or not _HOST_NAME.fullmatch(bare)):
+        raise _no_address(address, f"there is no host {in_brackets or bare}")
+    if ip is not None and ip.is_unspecified:
+        raise _no_address(address, "it stands for every address of its machine; write the one that the others reach")
+    if not 0 < int(port) <= 65535:
+        raise _no_address(address, "a port is a number from 1 to 65535")
+
+
+def _no_address(address: str, why: str) -> Refused:
+    return Refused(f"{_short(address)} is nothing that others can connect to: {why}", code="invalid_request")
+
+
+def _short(text: str) -> str:
+    """As it is written in a message, however long it is."""
+    return repr(text if len(text) <= 100 else f"{text[:100]}…")
 
 
 def _check_grant(grant: GrantLease) -> None:

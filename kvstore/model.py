@@ -33,11 +33,19 @@ LEASES_LISTED_MAX = 10_000
 # How far a watch's events may run ahead of who reads them: below, no event of the largest kind fits with its `prev`;
 # above, one forgotten watch would cost its client too much.
 WATCH_WINDOW_BYTES_MIN, WATCH_WINDOW_BYTES_MAX = 64 * 1024, 16 * 1024 * 1024
-# Records that one operation walks over (a deleted range, a compare, a sort, a count): some 0.1 s of a node's time, in
-# which it does nothing else. Who wants more does it in parts.
+# What one request walks over in all its ranges and compares together: records, and their bytes (`state/walk.py`). Some
+# 0.1 s of a node's time, in which it does nothing else: 1 us a record, 1 to 2 ms a MiB that comes from the disk.
+# `apply` decides by this and the following limits, so they may only change with a version of the cluster.
 WALK_MAX = 100_000
-# How far beyond a page its `count` looks: enough for "more than a thousand", for a millisecond.
+WALK_BYTES_MAX = 64 * 1024 * 1024
+# What one request deletes or replaces: again 0.1 s, at 3 us a record and 2 ms a MiB, and 80 MB of memory, as a record
+# lies there as itself, in the batch for the storage, and in the storage's buffer.
+REPLACED_MAX = 25_000
+REPLACED_BYTES_MAX = 32 * 1024 * 1024
+LEASE_BYTES_MAX = REPLACED_BYTES_MAX  # of all records under one lease, with their keys: they go together
+# How far beyond its pages a request's `count`s look, together: enough for "more than a thousand", for a millisecond.
 COUNT_AHEAD_MAX = 1000
+COUNT_AHEAD_BYTES_MAX = 4 * 1024 * 1024
 # Where a page of a digest ends at the latest: with the record that makes it so many records, or so many bytes of them.
 # A node reads and hashes either in some 10 ms (1 us a record, 2 ms a MiB), and does nothing else meanwhile.
 DIGEST_RECORDS_MAX = 10_000
@@ -100,7 +108,8 @@ class Range(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc
     `limit` 0 is none (the result's size is bounded all the same: `more` says that something was left out, and the
     next page starts after the last key). `revision` 0 is the newest. `count` in the result is the number of records in
     the whole range, and with `more` at least so many: it looks no further than `COUNT_AHEAD_MAX` beyond a page.
-    `count_only` counts up to `WALK_MAX`; with `more`, the one record of the result has the last key that it counted.
+    `count_only` counts as far as its request may walk (`WALK_MAX`); with `more`, the one record of the result has the
+    last key that it counted.
     """
 
     start: bytes
@@ -428,7 +437,7 @@ class PeerStatus(Struct, array_like=True, forbid_unknown_fields=True, frozen=Tru
 class NodeStatus(Struct, array_like=True, frozen=True):
     """What one node says of itself. `leader` is empty where it knows none. `alarms`: "quota" while the store reached
     its quota. `size_bytes`: records and kept history. `version`: of this node's program; `cluster_version`: see
-    `versions.py`. Newer nodes may say more, at the end."""
+    `versions.py`. `node_id`: of its log, as `Member.node_id`. Newer nodes may say more, at the end."""
 
     name: str
     cluster_id: str
@@ -449,6 +458,7 @@ class NodeStatus(Struct, array_like=True, frozen=True):
     alarms: tuple[str, ...] = ()
     size_bytes: int = 0
     cluster_version: int = 1
+    node_id: str = ""
 
 
 # --- what consensus and the state machine hand each other, beside bytes -----------------------------------------------

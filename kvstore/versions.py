@@ -13,8 +13,11 @@ So members are upgraded one after the other, in any order, and back again, as lo
 |---|---|
 | 1 | records, transactions, sessions |
 | 2 | leases, and records under them |
+| 3 | one budget for all that a request walks over and replaces (`state/walk.py`); a full lease takes its own records |
 
-Add a version: its line here, `VERSION`, and what needs it in `_SINCE`.
+Add a version: its line here, `VERSION`, and what needs it in `_SINCE`. Where only a decision inside `apply` becomes
+another one, no request needs it: an entry is judged by the rules of its own version, on every replica and whenever it
+is applied. (A refusal's words are part of the state, too, where its answer is kept for a session.)
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from __future__ import annotations
 from kvstore import model
 from kvstore.errors import Unavailable
 
-VERSION = 2
+VERSION = 3
 FIRST = 1
 _WITH_LEASES = 2
+WITH_BUDGETS = 3
 _SINCE: dict[type, int] = {
     model.GrantLease: _WITH_LEASES,
     model.KeepLease: _WITH_LEASES,

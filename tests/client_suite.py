@@ -143,8 +143,9 @@ class ClientSuite:
         assert (names(exact), exact.count, exact.more) == (b"abcde", 5, False)
         counted = await kv.range(prefix=p, count_only=True)
         assert (counted.records, counted.count) == ((), 5)
-        monkeypatch.setattr(model, "WALK_MAX", 2)  # where the store is in this process, it counts in parts
-        assert (await kv.range(prefix=p, count_only=True)).count == 5
+        with monkeypatch.context() as few:
+            few.setattr(model, "WALK_MAX", 2)  # where the store is in this process, it counts in parts
+            assert (await kv.range(prefix=p, count_only=True)).count == 5
         keys = await kv.range(prefix=p, keys_only=True)
         assert names(keys) == b"abcde"
         assert {record.value for record in keys.records} == {b""}

@@ -90,3 +90,10 @@ class LeaseSuite(ClientSuite):
             await kv.put(b"a", b"1", lease=-1)
         with pytest.raises(TypeError):
             await kv.keep_lease("7")  # type: ignore[arg-type]
+        for ttl in ("3", None, True, b"3"):
+            with pytest.raises(TypeError, match="ttl_s must be a number"):
+                await kv.grant_lease(ttl)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match="ttl_s must be a number"):
+                kv.lease(ttl)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="timeout must be a number, not str"):
+            await kv.keep_lease(7, timeout="5")  # type: ignore[arg-type]

@@ -276,7 +276,15 @@ class LockSuite(ClientSuite):
         for name in ("", b"", "a\x00b"):
             with pytest.raises(ValueError, match="name"):
                 kv.lock(name)
-        with pytest.raises(ValueError, match="wait_s"):
-            kv.lock("a", wait_s=-1.0)
+        for make in (lambda **how: kv.lock("a", **how), lambda **how: kv.election("a").campaign(b"", **how)):
+            for wait_s in (-1.0, float("nan")):
+                with pytest.raises(ValueError, match="wait_s"):
+                    make(wait_s=wait_s)
+            with pytest.raises(TypeError, match="wait_s must be a number"):
+                make(wait_s="1")
+            with pytest.raises(ValueError, match="lives at least"):
+                make(ttl_s=0.5)
+            with pytest.raises(TypeError, match="ttl_s must be a number"):
+                make(ttl_s="1")
         async with refused("lock_not_held"):
             _ = kv.lock(p).held

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from kvstore import codec
+from kvstore import codec, model, versions
 from kvstore.errors import Refused
 from kvstore.model import (
     Add,
@@ -60,14 +60,14 @@ class Call:
     acked_below: int = 0
 
 
-def entry(log_time_ms: int, calls: Iterable[Call | Any]) -> bytes:
-    """The payload of a log entry; a bare request stands outside any session."""
+def entry(log_time_ms: int, calls: Iterable[Call | Any], version: int = versions.VERSION) -> bytes:
+    """The payload of a log entry; a bare request stands outside any session. `version`: by whose rules it is judged."""
     items = []
     for call in calls:
         call = call if isinstance(call, Call) else Call(call)
         request = Raw(codec.encode_request(call.request))
         items.append(codec.RawBatchItem(call.session, call.seq, call.acked_below, request))
-    return codec.encode_batch(log_time_ms, items)
+    return codec.encode_batch(log_time_ms, items, version)
 
 
 def code_of(result: Any) -> str:
@@ -100,6 +100,8 @@ class ModelLease:
 
 
 class Model:
+    """Leases have their limit here. What a request walks over has none: `test_state_walk.py` is about that."""
+
     def __init__(self) -> None:
         self.states: list[State] = [{}]  # by revision
         self.compacted = 0
@@ -108,6 +110,8 @@ class Model:
         self.index = 0
         self.sessions: dict[int, ModelSession] = {}
         self.leases: dict[int, ModelLease] = {}
+        self._version = versions.VERSION
+        self._written = 0  # by the transaction at work
 
     @property
     def revision(self) -> int:
@@ -119,8 +123,9 @@ class Model:
 
     # --- entries ----------------------------------------------------------------------------------------------------
 
-    def apply(self, log_time_ms: int, calls: Iterable[Call | Any]) -> list[Any]:
+    def apply(self, log_time_ms: int, calls: Iterable[Call | Any], version: int = versions.VERSION) -> list[Any]:
         self.index += 1
+        self._version = version
         self.log_time_ms = max(self.log_time_ms, log_time_ms)
         return [
             self._call(position, call if isinstance(call, Call) else Call(call)) for position, call in enumerate(calls)
@@ -217,6 +222,7 @@ class Model:
 
     def operate(self, request: Any, write: bool = True) -> Any:
         before, state = self.now, dict(self.now)
+        self._written = 0
         try:
             if isinstance(request, Txn):
                 writes_of(request)
@@ -233,9 +239,9 @@ class Model:
     def _operation(self, before: State, state: State, request: Any) -> Any:
         next_revision = self.revision + 1
         if isinstance(request, Put):
-            if request.lease and request.lease not in self.leases:
-                raise Refused("", code="lease_not_found")
             old = state.get(request.key)
+            if request.lease:
+                self._check_lease(before, state, old, request.lease)
             self._set(state, request.key, request.value, request.lease)
             return PutResult(next_revision, old if request.prev else None)
         if isinstance(request, Add):
@@ -254,6 +260,7 @@ class Model:
             doomed = [state[key] for key in sorted(state) if in_range(key, request.start, request.end)]
             for record in doomed:
                 del state[record.key]
+            self._written += len(doomed)
             revision = self.revision + (state != before)
             return DeleteResult(revision, len(doomed), tuple(doomed) if request.prev else ())
         if isinstance(request, Range):
@@ -268,7 +275,20 @@ class Model:
                 raise Refused("", code=refusal.code, operation=(position, *refusal.operation)) from None
         return TxnResult(self.revision + (state != before), succeeded, tuple(results))
 
+    def _check_lease(self, before: State, state: State, old: Record | None, lease: int) -> None:
+        if lease not in self.leases:
+            raise Refused("", code="lease_not_found")
+        if self._version < 3:
+            under = sum(record.lease == lease for record in before.values()) + self._written
+        elif old is not None and old.lease == lease:
+            return
+        else:
+            under = sum(record.lease == lease for record in state.values())
+        if under >= model.LEASE_KEYS_MAX:
+            raise Refused("", code="lease_full")
+
     def _set(self, state: State, key: bytes, value: bytes, lease: int) -> None:
+        self._written += 1
         revision, old = self.revision + 1, state.get(key)
         if old is None:
             state[key] = Record(key, value, revision, revision, 1, lease)

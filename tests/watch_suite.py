@@ -153,6 +153,9 @@ class WatchSuite(ClientSuite):
             await take(kv.watch(p + b"k", from_revision=newest + 1000), 1)
         with pytest.raises(ValueError, match="either prefix"):
             kv.watch(p, prefix=p)
+        for end in (p, p[:-1]):
+            async with refused("invalid_range"):
+                kv.watch(p, end)
 
     async def test_a_future_revision_is_waited_for(self, kv: Client, p: bytes) -> None:
         await kv.put(p + b"k", b"")
@@ -214,6 +217,25 @@ class WatchSuite(ClientSuite):
             assert [event.key for event in events] == [p + b"%02d" % number for number in range(count)]
             assert all(event.prev is not None and event.prev.value == value for event in events)
             assert [event.key for event in await take_revision(watch)] == [p + b"after"]
+
+    async def test_a_deletion_of_thousands_comes_whole(self, kv: Client, p: bytes) -> None:
+        keys = [p + b"k%04d" % number for number in range(4000)]
+        for at in range(0, len(keys), 1000):
+            await kv.txn(success=[Put(key, bytes(500)) for key in keys[at : at + 1000]])
+        async with (
+            kv.watch(prefix=p, prev=True) as everything,
+            kv.watch(keys[0], keys[10]) as few,
+            kv.watch(p + b"other") as other,
+        ):
+            revision = (await kv.delete_prefix(p + b"k")).revision
+            await kv.put(p + b"other", b"")
+            assert (await take(other, 1))[0].revision == revision + 1
+            assert [event.key for event in await take_revision(few)] == keys[:10]
+            together = await take_revision(everything)
+            assert [event.key for event in together] == keys
+            assert {event.revision for event in together} == {revision}
+            assert {event.prev and event.prev.value for event in together} == {bytes(500)}
+            assert [event.key for event in await take_revision(everything)] == [p + b"other"]
 
     async def test_the_largest_record_replaces_the_largest(self, kv: Client, p: bytes) -> None:
         key = p + b"k" * (4096 - len(p))

@@ -8,7 +8,7 @@ from msgspec import Raw
 
 from bench import workloads
 from bench.workloads import Kind
-from kvstore import codec
+from kvstore import codec, versions
 from kvstore.model import OpenSession, SessionResult
 from kvstore.state.machine import DATA, Machine
 
@@ -43,7 +43,7 @@ class Entries:
     def entry(self, items: list[codec.RawBatchItem]) -> tuple[int, int, int, bytes]:
         self._index += 1
         self._log_time_ms += 1
-        return self._index, 1, DATA, codec.encode_batch(self._log_time_ms, items)
+        return self._index, 1, DATA, codec.encode_batch(self._log_time_ms, items, versions.VERSION)
 
     def open_sessions(self, number: int) -> list[int]:
         opening = codec.RawBatchItem(0, 0, 0, Raw(codec.encode_request(OpenSession())))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from kvstore.cli.nodes import parse_peers, token_option
 from kvstore.cli.options import Connection, connection_options, output_option
 from kvstore.cli.text import print_json, print_table, progress
 from kvstore.client.backup import Made, ReplicaDigest, back_up
@@ -61,8 +63,8 @@ def backup(file: str, force: bool, output: str, connection: Connection) -> None:
         )
     else:
         click.echo(
-            f"{file}: {end.records} records and {end.leases} leases at revision {made.revision}, "
-            f"{made.size_bytes} bytes, digest {end.digest.hex()}"
+            f"{click.format_filename(file)}: {end.records} records and {end.leases} leases at revision "
+            f"{made.revision}, {made.size_bytes} bytes, digest {end.digest.hex()}"
         )
 
 
@@ -125,23 +127,24 @@ def _disk_may_fail(what: str) -> Iterator[None]:
     metavar="NAME=PEER[/CLIENT],…",
     help="All nodes of the new cluster, this one among them, as for `kvstore serve`; without it, this node alone.",
 )
-@click.option("--cluster-token", default="", help="As for `kvstore serve`: the same on all nodes of the new cluster.")
+@token_option
 @output_option
-def restore(file: str, name: str, data_dir: str, peers: str | None, cluster_token: str, output: str) -> None:
+def restore(file: str, name: str, data_dir: str, peers: str | None, cluster_token: str | None, output: str) -> None:
     """Make the data directory of a node of a new cluster from a backup.
 
     For several nodes run it on each, with the same FILE, --peers and --cluster-token, before any of them is started;
-    then start them with `kvstore serve` without --peers. The cluster has a new id: nodes of the old one are refused.
+    then start them with `kvstore serve` without --peers. The cluster's id is made of FILE, the names in --peers and the
+    token: the cluster that FILE is of has another, so its nodes are refused, while two clusters that are restored from
+    one FILE with the same names and token would take each other's nodes. Give each a token of its own.
 
     Exit code 0: all of it is there, and on the disk. 1: FILE is damaged, or a disk failed. 2: wrong usage. 5: DATA_DIR
     is not empty or in use, or no node can be of that name. But for 0, DATA_DIR is as it was and the command can be
-    repeated, or the message says what to remove first; the same where it was killed.
+    repeated, or the message says what to remove first. Where it was killed, the next one says that.
 
     \b
       kvstore restore shop.backup --name n1 --data-dir d1 --peers n1=127.0.0.1:7411/127.0.0.1:7421
       kvstore serve --name n1 --data-dir d1 --listen 127.0.0.1:7411 --client-listen 127.0.0.1:7421
     """
-    from kvstore.cli.nodes import parse_peers
     from kvstore.env import SystemChance, SystemFiles
     from kvstore.server import offline
     from kvstore.state.storage import RocksStorage
@@ -149,7 +152,7 @@ def restore(file: str, name: str, data_dir: str, peers: str | None, cluster_toke
     members = parse_peers(peers) if peers is not None else (Member(name, "", "", "", True),)
     with _disk_may_fail(f"restore {file} to {data_dir}"), open(file, "rb") as opened, progress("records") as report:
         restored = offline.restore(
-            SystemFiles(), SystemChance(), RocksStorage, opened, data_dir, name, members, cluster_token,
+            SystemFiles(), SystemChance(), RocksStorage, opened, data_dir, name, members, cluster_token or "",
             lambda records: report(records, 0),
         )  # fmt: skip
     ahead_s = restored.made_ms // 1000 - int(time.time())
@@ -187,7 +190,7 @@ def verify(output: str, connection: Connection) -> int:
     differ: then bring more replicas up, and verify again. --timeout is for each page of records.
 
     Exit code 0: all members were compared, and are the same. 1: one differs. 3: all that were compared are the same,
-    but some were not: they do not answer, or have no client address.
+    but some were not: they do not answer, another node answers at their address, or they have none for clients.
     """
 
     async def look(client: Client) -> Any:
@@ -227,7 +230,9 @@ def _plain(replica: ReplicaDigest) -> dict[str, Any]:
 
 
 def _row(replica: ReplicaDigest) -> tuple[str, ...]:
-    member, error = replica.member, "" if replica.error is None else f": {replica.error.code}"
+    member, error = replica.member, ""
+    if replica.error is not None:
+        error = f": {replica.error.message if replica.status == 'another node' else replica.error.code}"
     if replica.status == "same":
         note = "the same"
     elif replica.status == "differs":
@@ -282,7 +287,8 @@ def recover(data_dir: str, name: str, yes: bool, output: str) -> None:
     What you have to know before:
     - Writes that were acknowledged by the lost nodes and never reached this one are LOST. Nobody can tell which.
     - Writes in this node's log that were never acknowledged count from now on.
-    - The cluster gets a new id. Never start a node of the old one again: join new, empty ones with `kvstore join`.
+    - The cluster gets a new id. Never start a node of the old one again: this one refuses it, but a majority of them
+      would be the old cluster once more. Join new, empty ones with `kvstore join`.
     - If several nodes survive, take the one whose log goes furthest (`kvstore inspect`: last term, then last index).
 
     Exit code 0: done. 1: not confirmed, or the disk failed. 5: it is no node's, another's, in use, or damaged.
@@ -296,10 +302,10 @@ def recover(data_dir: str, name: str, yes: bool, output: str) -> None:
             f"{name} becomes the only member of a new cluster. Acknowledged writes that it does not hold are lost."
         )
         click.echo(click.style(warning, fg="red", bold=True), err=True)
-        typed = click.prompt(f"Type the node's name, {name}, to go on", err=True)
-        if typed != name:
-            raise Refused("not confirmed; nothing was changed")
-    with _disk_may_fail(f"recover {data_dir}"):
+        click.echo(f"To go on, type the node's name, {name}:", err=True)
+        if sys.stdin.buffer.readline().strip() != os.fsencode(name):
+            raise Refused("not confirmed; nothing was changed. Where nobody can be asked, pass --yes")
+    with _disk_may_fail(f"recover {data_dir}"), progress("recovering"):
         recovered = offline.recover(SystemFiles(), SystemChance(), RocksStorage, data_dir, name)
     if output == "json":
         print_json(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from typing import Any
 
 import click
 import msgspec
 
-from kvstore.cli.options import Connection, connection_options, output_option
-from kvstore.cli.text import print_json, print_table
+from kvstore.cli.options import Connection, NodeName, connection_options, output_option
+from kvstore.cli.text import print_json, print_table, progress
 from kvstore.client.client import Client
+from kvstore.client.members import member_status
 from kvstore.errors import KvError, OutcomeUnknown, Refused
 from kvstore.model import Member, NodeStatus
 
@@ -33,18 +35,18 @@ def status(digest: bool, output: str, connection: Connection) -> None:
         first = await client.status()
         members = [member for member in first.members if member.client_address]
         timeout_s = connection.timeout_s if digest else min(_STATUS_TIMEOUT_S, connection.timeout_s)
-        found = await asyncio.gather(
-            *(client.status(member.client_address, digest=digest, timeout=timeout_s) for member in members),
-            return_exceptions=True,
-        )
-        looked = []
-        for member, answer in zip(members, found, strict=True):
-            if isinstance(answer, BaseException) and not isinstance(answer, KvError):
-                raise answer
-            looked.append((member, answer))
-        return looked
 
-    nodes = connection.call(look)
+        async def ask(member: Member) -> NodeStatus | KvError:
+            try:
+                return await member_status(client, member, digest=digest, timeout=timeout_s)
+            except KvError as error:
+                return error
+
+        answers = await asyncio.gather(*map(ask, members))
+        return list(zip(members, answers, strict=True))
+
+    with progress("hashing") if digest else nullcontext():
+        nodes = connection.call(look)
     if output == "json":
         print_json(
             [
@@ -67,20 +69,21 @@ force_option = click.option(
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", type=NodeName())
 @force_option
 @output_option
 @connection_options
 def leave(name: str, force: bool, output: str, connection: Connection) -> None:
     """Take a node out of the cluster, alive or dead; a leader hands over first.
 
-    Refused where the rest would have no quorum. The node's process ends by itself if it runs.
+    Refused where the rest would have no quorum; nothing has changed then. The node's process ends by itself if it runs.
     """
     _remove(name, force, output, connection)
 
 
 def _remove(name: str, force: bool, output: str, connection: Connection) -> None:
-    members = connection.call(lambda client: remove_member(client, name, connection.timeout_s, force=force))
+    with progress(f"removing {name}"):
+        members = connection.call(lambda client: remove_member(client, name, connection.timeout_s, force=force))
     _show_members(f"{name} is out", members, output)
 
 
@@ -92,16 +95,13 @@ def _show_members(what: str, members: tuple[Member, ...], output: str) -> None:
 
 
 async def remove_member(client: Client, name: str, timeout_s: float, *, force: bool = False) -> tuple[Member, ...]:
-    """Remove a member, whoever it is. Returns the others. Raises `KvError`."""
+    """Remove a member, whoever it is. A leader hands over, once it has said that only this keeps it from being removed:
+    so where the removal is refused, nothing has changed. Returns the others. Raises `KvError`."""
     deadline = asyncio.get_running_loop().time() + timeout_s
+    voters = [member.name for member in (await client.status()).members if member.voter]
+    if voters == [name]:
+        raise Refused(f"{name} is the only voter; a cluster cannot be without one", code="would_lose_quorum")
     while True:
-        before = await client.status()
-        voters = [member.name for member in before.members if member.voter]
-        if voters == [name]:
-            raise Refused(f"{name} is the only voter; a cluster cannot be without one", code="would_lose_quorum")
-        if before.leader == name:
-            await client.transfer_leader()
-            await _until_another_leads(client, name, deadline)
         try:
             return await client.member_remove(name, force=force)
         except Refused as error:
@@ -113,6 +113,8 @@ async def remove_member(client: Client, name: str, timeout_s: float, *, force: b
             if all(member.name != name for member in members):
                 return members
             raise
+        await client.transfer_leader()
+        await _until_another_leads(client, name, deadline)
 
 
 async def _until_another_leads(client: Client, name: str, deadline: float) -> None:
@@ -144,7 +146,7 @@ def list_(output: str, connection: Connection) -> None:
 
 
 @member.command()
-@click.argument("name")
+@click.argument("name", type=NodeName())
 @force_option
 @output_option
 @connection_options
@@ -154,21 +156,25 @@ def remove(name: str, force: bool, output: str, connection: Connection) -> None:
 
 
 @member.command()
-@click.argument("name")
+@click.argument("name", type=NodeName())
 @output_option
 @connection_options
 def promote(name: str, output: str, connection: Connection) -> None:
-    """Give a learner its vote. Refused while it lacks too much of the log."""
+    """Give a learner its vote. Refused while the leader does not hear it, or it lacks too much of the log."""
     members = connection.call(lambda client: client.member_promote(name))
     _show_members(f"{name} has a vote", members, output)
 
 
 @click.command(name="transfer-leader")
-@click.argument("name", default="")
+@click.argument("name", type=NodeName(), default="")
 @output_option
 @connection_options
 def transfer_leader(name: str, output: str, connection: Connection) -> None:
-    """Hand leadership to NAME, or to the node that is furthest."""
+    """Hand leadership to NAME, or to the node that is furthest.
+
+    Exit code 0: done. 1: NAME is no member, or has no vote. 3: NAME cannot be reached or did not take over in time;
+    leadership stays where it is.
+    """
 
     async def hand_over(client: Client) -> str:
         before = (await client.status()).leader
@@ -187,7 +193,8 @@ def transfer_leader(name: str, output: str, connection: Connection) -> None:
 
 def _status_row(member: Member, answer: NodeStatus | KvError) -> tuple[str, ...]:
     if isinstance(answer, KvError):
-        return (member.name, member.client_address, "unreachable", "", "", "", "", "", answer.code)
+        what, note = ("another node", answer.message) if answer.code == "wrong_node" else ("unreachable", answer.code)
+        return (member.name, member.client_address, what, "", "", "", "", "", note)
     return (
         member.name,
         member.client_address,
@@ -201,11 +208,13 @@ def _status_row(member: Member, answer: NodeStatus | KvError) -> tuple[str, ...]
     )
 
 
-def _plain(data: Member | NodeStatus) -> dict[str, Any]:
+def _plain(data: msgspec.Struct) -> dict[str, Any]:
     """A struct as a JSON object: `to_builtins` would give an array, as these travel."""
     plain = {}
     for field, value in msgspec.structs.asdict(data).items():
-        plain[field] = [_plain(part) for part in value] if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            value = [_plain(part) if isinstance(part, msgspec.Struct) else part for part in value]
+        plain[field] = value
     return plain
 
 

@@ -12,6 +12,8 @@ from kvstore.cli import txn_text
 from kvstore.cli.options import Connection, NumbersAreArguments, connection_options, encoding_option, output_option
 from kvstore.cli.text import print_json, print_records, record_json, to_bytes, to_text
 from kvstore.client.client import Client
+from kvstore.client.transaction import key_after
+from kvstore.errors import Refused
 
 NOT_FOUND = 6
 
@@ -82,17 +84,41 @@ def put(key: str, value: str, lease: int, encoding: str, output: str, connection
 @click.argument("key")
 @click.argument("end", required=False)
 @click.option("--prefix", is_flag=True, help="Delete every key that starts with KEY.")
+@click.option("--pieces", is_flag=True, help="One piece after the other, not all at once: for more than a request may.")
 @encoding_option
 @output_option
 @connection_options
-def delete(key: str, end: str | None, prefix: bool, encoding: str, output: str, connection: Connection) -> None:
+def delete(
+    key: str, end: str | None, prefix: bool, pieces: bool, encoding: str, output: str, connection: Connection
+) -> None:
     """Delete a key, or all keys from KEY up to, not including, END. An END of "" has no upper bound."""
     start, stop = bounds(key, end, prefix, encoding)
-    result = connection.call(lambda client: client.delete(start, stop))
+    try:
+        result = connection.call(lambda client: (delete_pieces if pieces else Client.delete)(client, start, stop))
+    except Refused as refusal:
+        if refusal.code != "range_too_large":
+            raise
+        raise Refused(f"{refusal.message}, as --pieces does", code=refusal.code) from None
     if output == "json":
         print_json({"revision": result.revision, "deleted": result.deleted})
     else:
         click.echo(f"deleted {result.deleted}, revision {result.revision}")
+
+
+async def delete_pieces(client: Client, start: bytes, end: bytes | None) -> model.DeleteResult:
+    """Delete a range page by page. A page fits a result, so what it holds may be deleted at once. What others put there
+    meanwhile goes, too, if it comes after the page at work."""
+    deleted = 0
+    while True:
+        page = await client.range(start, end)
+        if not page.records:
+            return model.DeleteResult(page.revision, deleted)
+        after = key_after(page.records[-1].key)
+        piece = await client.delete(start, after)
+        deleted += piece.deleted
+        if not page.more:
+            return model.DeleteResult(piece.revision, deleted)
+        start = after
 
 
 @click.command(name="range", cls=NumbersAreArguments)

@@ -10,18 +10,24 @@ import asyncio
 import msgspec
 
 import kvstore
+from kvstore import versions
 from kvstore.cli.serve import serve
 from kvstore.cli.text import Report, progress
 from kvstore.client.client import Client
-from kvstore.env import Log
+from kvstore.client.members import newest_status
+from kvstore.env import Log, SystemFiles
 from kvstore.errors import KvError, Refused, StartupError, Unavailable
 from kvstore.model import Member, NodeStatus
+from kvstore.raft.members import Configuration
+from kvstore.server.identity import UNFINISHED, meta_of
 from kvstore.server.node import ServerNode, ServerOptions
 
 # How often the node looks how far it is.
 _POLL_S = 0.1
 # How long promotion is tried: adding a node to a busy store of many gigabytes takes a snapshot's time first.
 CATCH_UP_S = 3600.0
+# A leader that reaches the node sends it something far more often.
+_SILENT_S = 10.0
 
 
 def join(
@@ -36,6 +42,13 @@ def join(
     """Ask the cluster at `endpoints` who it is, serve as a node of it, and have it take this one in. Serves until it
     is stopped."""
     status = asyncio.run(_ask(endpoints, timeout_s))
+    if status.cluster_version > versions.VERSION:
+        raise StartupError(
+            f"the cluster is at version {status.cluster_version}, and this program knows versions up to "
+            f"{versions.VERSION}: join with a newer one; nothing was changed",
+            code="data_format_newer",
+        )
+    _check(options, status, endpoints)
     others = tuple(member for member in status.members if member.name != options.name)
     options = msgspec.structs.replace(options, cluster_id=status.cluster_id, members=others)
 
@@ -48,19 +61,40 @@ def join(
 
 async def _ask(endpoints: str, timeout_s: float) -> NodeStatus:
     async with kvstore.connect(endpoints, timeout_s=timeout_s) as client:
-        return await client.status()
+        return await newest_status(client)
+
+
+def _check(options: ServerOptions, status: NodeStatus, endpoints: str) -> None:
+    """Refuse what the cluster would, before the directory is this node's for good. Raises `KvError`."""
+    meta = meta_of(SystemFiles(), options.data_dir)
+    if meta is None and _find(status.members, options.name) is not None:
+        raise StartupError(
+            f"the cluster has a member {options.name} already, and {options.data_dir} is not its directory: choose "
+            f"another name, or `kvstore leave {options.name}` first; nothing was changed",
+            code="node_identity_changed",
+        )
+    if meta is not None and meta.cluster_id not in (status.cluster_id, UNFINISHED):
+        raise StartupError(
+            f"{options.data_dir} belongs to node {meta.name} of cluster {meta.cluster_id}, and the one at {endpoints} "
+            f"is {status.cluster_id}: give the endpoints of the directory's cluster, or a new directory",
+            code="data_dir_mismatch",
+        )
+    others = Configuration.of(member for member in status.members if member.name != options.name)
+    others.add_learner(_as_member(options, "not-known-yet"))
+
+
+def _as_member(options: ServerOptions, node_id: str) -> Member:
+    peer_address = options.peer_advertise or options.peer_listen
+    return Member(options.name, peer_address, options.client_advertise or options.client_listen, node_id, False)
 
 
 async def _become_member(client: Client, node: ServerNode, log: Log, stay_learner: bool) -> None:
     options = node.options
     member = _find(await _members(client), options.name)
     if member is None:
+        new = _as_member(options, node.raft.node_id)
         members = await client.member_add(
-            options.name,
-            options.peer_advertise or options.peer_listen,
-            options.client_advertise or options.client_listen,
-            node.raft.node_id,
-            options.cluster_id,
+            new.name, new.peer_address, new.client_address, new.node_id, options.cluster_id
         )
         member = _find(members, options.name)
         log.info("added as a learner", name=options.name)
@@ -79,9 +113,11 @@ async def _catch_up(
     client: Client, node: ServerNode, member: Member | None, log: Log, report: Report, stay_learner: bool
 ) -> None:
     name = node.options.name
-    deadline = asyncio.get_running_loop().time() + CATCH_UP_S
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + CATCH_UP_S
+    so_far, warn_at = (0, 0, 0, 0), loop.time() + _SILENT_S
     while member is None or not member.voter:
-        if asyncio.get_running_loop().time() > deadline:
+        if loop.time() > deadline:
             raise Unavailable(f"{name} did not catch up within {CATCH_UP_S:.0f} s; it stays a learner")
         try:
             if await _caught_up(client, node, report):
@@ -94,9 +130,21 @@ async def _catch_up(
                 return
             if error.code != "not_caught_up":
                 raise
+        except StartupError:  # the cluster's version was raised meanwhile, beyond what this program knows
+            raise
         except KvError as error:
             log.warning("not promoted yet", code=error.code, message=error.message)
             member = _find(await _members(client), name) or member
+        raft = node.raft.status()
+        before, so_far = so_far, (raft.last_index, raft.applied_index, *raft.receiving_bytes)
+        if so_far != before:
+            warn_at = loop.time() + _SILENT_S
+        elif loop.time() >= warn_at:
+            warn_at = loop.time() + _SILENT_S
+            address = _as_member(node.options, "").peer_address
+            log.warning(
+                "nothing arrives", message=f"see that the other nodes reach this one at {address} (--advertise)"
+            )
         await asyncio.sleep(_POLL_S)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+import sys
 import time
 
 import click
 
 from kvstore import model
-from kvstore.cli.options import Connection, connection_options, encoding_option, output_option
+from kvstore.cli.options import Connection, Number, connection_options, encoding_option, output_option
 from kvstore.cli.text import print_json, to_text
 from kvstore.client.client import Client
+from kvstore.client.lease import keep_alive as kept_alive
 
 lease_argument = click.argument("lease", type=click.IntRange(1, model.LEASE_ID_MAX))
 
@@ -25,7 +26,7 @@ def group() -> None:
 
 
 @group.command()
-@click.argument("seconds", type=click.FloatRange(model.LEASE_TTL_MS_MIN / 1000, model.LEASE_TTL_MS_MAX / 1000))
+@click.argument("seconds", type=Number(model.LEASE_TTL_MS_MIN / 1000, model.LEASE_TTL_MS_MAX / 1000))
 @click.option("--id", "lease", type=click.IntRange(1, model.LEASE_ID_MAX), help="An id of your own; free, or refused.")
 @output_option
 @connection_options
@@ -57,21 +58,24 @@ def revoke(lease: int, output: str, connection: Connection) -> None:
 @output_option
 @connection_options
 def keep_alive(lease: int, once: bool, output: str, connection: Connection) -> None:
-    """Keep a lease alive until interrupted."""
+    """Keep a lease alive until interrupted.
+
+    A keep-alive that is not answered is sent again until the lease may have ended: then the exit code is 3, and 1 when
+    the store says that it has. --timeout is for the first.
+    """
 
     def show(kept: model.LeaseResult) -> None:
         if output == "json":
             print_json({"lease": kept.lease, "ttl_ms": kept.ttl_ms})
         else:
             click.echo(f"{time.strftime('%H:%M:%S')}  lease {lease} lives another {kept.ttl_ms / 1000:g} s")
+        sys.stdout.flush()
 
     async def keep(client: Client) -> None:
-        while True:
-            kept = await client.keep_lease(lease)
+        async for kept in kept_alive(client, lease):
             show(kept)
             if once:
                 return
-            await asyncio.sleep(kept.ttl_ms / 3000)
 
     connection.call(keep)
 

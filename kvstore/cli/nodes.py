@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import click
 
 from kvstore.cli.logs import FORMATS, LEVELS, server_log
-from kvstore.cli.options import Connection, Size, connection_options
-from kvstore.errors import KvError, StartupError
+from kvstore.cli.options import Connection, Number, Size, connection_options
+from kvstore.errors import KvError, Refused, StartupError
+from kvstore.limits import check_address
 from kvstore.model import Member
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -18,7 +19,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def parse_peers(text: str) -> tuple[Member, ...]:
     """`name=peer_address[/client_address],…` as initial members. Raises `click.BadParameter`."""
-    from kvstore.env import split_address
     from kvstore.server.identity import check_name
 
     members = []
@@ -29,14 +29,17 @@ def parse_peers(text: str) -> tuple[Member, ...]:
             raise click.BadParameter(f"{part.strip()!r} is not name=host:port or name=host:port/host:port")
         try:
             check_name(name)
-            split_address(peer)
+            check_address(peer)
             if client:
-                split_address(client)
-        except (ValueError, KvError) as error:
-            raise click.BadParameter(f"{part.strip()!r}: {error}") from None
+                check_address(client)
+        except KvError as error:
+            raise click.BadParameter(f"{part.strip()!r}: {error.message}") from None
         members.append(Member(name, peer, client, "", True))
     if len({member.name for member in members}) != len(members):
         raise click.BadParameter("a name stands there twice")
+    taken = [address for member in members for address in (member.peer_address, member.client_address) if address]
+    if len(set(taken)) != len(taken):
+        raise click.BadParameter("an address stands there twice")
     return tuple(members)
 
 
@@ -62,13 +65,13 @@ def node_options(command: F) -> F:
             "--advertise",
             metavar="HOST:PORT",
             default="",
-            help="What the other nodes are told to connect to, if not --listen.",
+            help="What the other nodes are told to connect to, if not --listen; needed where that is 0.0.0.0 or [::].",
         ),
         click.option(
             "--client-advertise",
             metavar="HOST:PORT",
             default="",
-            help="What clients are told to connect to, if not --client-listen.",
+            help="What clients are told to connect to, if not --client-listen; needed where that is 0.0.0.0 or [::].",
         ),
         click.option(
             "--insecure",
@@ -86,7 +89,7 @@ def node_options(command: F) -> F:
         ),
         click.option(
             "--history-age",
-            type=click.FloatRange(0, 10 * 365 * 86400),
+            type=Number(0, 10 * 365 * 86400),
             default=3600.0,
             show_default=True,
             metavar="SECONDS",
@@ -106,7 +109,8 @@ def node_options(command: F) -> F:
             default=0,
             show_default=True,
             metavar="REQUESTS",
-            help="Requests a second that are read from one client connection; more of them wait. 0 is no limit.",
+            help="Requests a second of one client connection; more of them wait, and those that waited for long are "
+            "refused. 0 is no limit.",
         ),
         click.option("--log-format", type=click.Choice(FORMATS), default="auto", show_default=True),
         click.option("--log-level", type=click.Choice(LEVELS), default="info", show_default=True),
@@ -127,6 +131,16 @@ def node_options(command: F) -> F:
     for option in reversed(options):
         decorated = option(decorated)
     return decorated  # type: ignore[no-any-return]
+
+
+def check_advertised(listen: str, advertise: str, client_listen: str, client_advertise: str) -> None:
+    """What the cluster is to record of a node must lead there from elsewhere. Raises `click.UsageError`."""
+    for option, own, told in (("", listen, advertise), ("client-", client_listen, client_advertise)):
+        try:
+            check_address(told or own)
+        except Refused as error:
+            what = f"--{option}advertise" if told else f"--{option}listen, and there is no --{option}advertise"
+            raise click.UsageError(f"{what}: {error.message}") from None
 
 
 token_option = click.option(
@@ -212,6 +226,7 @@ def serve(
     client_listen = client_listen or (own.client_address if own else None)
     if not listen or not client_listen:
         raise click.UsageError("give --listen and --client-listen, or both addresses of this node in --peers")
+    check_advertised(listen, advertise, client_listen, client_advertise)
     if heartbeat_ms * 3 > election_ms:
         raise click.UsageError("--election-ms must be at least three times --heartbeat-ms")
     options = ServerOptions(
@@ -261,8 +276,8 @@ def join(
 ) -> None:
     """Add a new node to a running cluster, and run it.
 
-    The directory must be new, or one of a join that was interrupted. The node begins as a learner, without a vote, and
-    gets its vote once it has caught up. Run the same command again after
+    The directory must be new, or this node's own: of a join that was interrupted, or of a node that was taken out. The
+    node begins as a learner, without a vote, and gets its vote once it has caught up. Run the same command again after
     an interruption; afterwards `kvstore serve` without --peers starts it as well.
 
     \b
@@ -275,6 +290,7 @@ def join(
 
     if not listen or not client_listen:
         raise click.UsageError("give --listen and --client-listen")
+    check_advertised(listen, advertise, client_listen, client_advertise)
     options = ServerOptions(
         name=name,
         data_dir=data_dir,
@@ -312,7 +328,7 @@ def join(
 )
 @click.option(
     "--restart-after",
-    type=click.FloatRange(0, 3600),
+    type=Number(0, 3600),
     default=None,
     metavar="SECONDS",
     help="Start a node that died again after this long. Without it, a dead node stays dead.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, TypeVar
@@ -52,6 +53,29 @@ class Size(click.ParamType[int]):
         return int(matched[1]) * self._UNITS[matched[2].lower()]
 
 
+class Number(click.FloatRange):
+    """A number within bounds. nan is within none, though no comparison tells it apart."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
+class NodeName(click.ParamType[str]):
+    """The name of a node, as far as it can be sent."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail(f"{value!r} is no UTF-8", param, ctx)
+        return str(value)
+
+
 class Connection:
     """How a command reaches its cluster."""
 
@@ -89,7 +113,7 @@ def connection_options(command: F) -> F:
     )
     @click.option(
         "--timeout",
-        type=click.FloatRange(0, 3600, min_open=True),
+        type=Number(0, 3600, min_open=True),
         default=5.0,
         show_default=True,
         metavar="SECONDS",

@@ -61,7 +61,12 @@ def record_json(record: Record, encoding: str) -> dict[str, Any]:
 
 
 def print_json(document: Any) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a file may be any bytes
+        text = json.dumps(document, indent=2)
+    click.echo(text)
 
 
 def print_table(

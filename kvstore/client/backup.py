@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from typing import BinaryIO, Literal
 
 from msgspec import Struct
 
 from kvstore.backup import FORMAT, BackupWriter, End, Header, PagedHash, SavedLease
 from kvstore.client.client import Client
+from kvstore.client.members import member_status, newest_status
 from kvstore.client.transaction import key_after
 from kvstore.env import SystemClock
 from kvstore.errors import KvError, Refused
@@ -81,7 +81,7 @@ async def _leases(client: Client) -> dict[int, SavedLease]:
     return leases
 
 
-Status = Literal["same", "differs", "unreachable", "no client address"]
+Status = Literal["same", "differs", "unreachable", "another node", "no client address"]
 
 
 class ReplicaDigest(Struct, frozen=True):
@@ -100,7 +100,7 @@ class ReplicaDigest(Struct, frozen=True):
         if self.differs:
             return "differs"
         if self.error is not None:
-            return "unreachable"
+            return "another node" if self.error.code == "wrong_node" else "unreachable"
         return "same" if self.member.client_address else "no client address"
 
 
@@ -135,10 +135,7 @@ async def verify(client: Client, progress: Progress = lambda done, all: None) ->
     One that cannot be asked ends nothing: it is told. Raises `KvError` where no member can be asked for a revision."""
     counted = await client.range(prefix=b"", count_only=True)
     revision = counted.revision
-    status = await client.status()
-    with suppress(KvError):  # one that is cut off may know of older members; the leader it names, of later ones
-        status = await client.status(status.leader_client_address)
-    members = status.members
+    members = (await newest_status(client)).members
     asked = [member for member in members if member.client_address]
     total = counted.count * len(asked)
     done = 0
@@ -175,11 +172,9 @@ async def verify(client: Client, progress: Progress = lambda done, all: None) ->
 
 async def _replica(client: Client, member: Member, revision: int, done: Callable[[int], None]) -> _Pages | KvError:
     try:
-        if revision:
-            return await _pages(client, member, revision, done=done)
-        # There is no digest of what was never written; but whether it answers is to be known.
-        await client.status(member.client_address)
-        return ()
+        await member_status(client, member)
+        # There is no digest of what was never written.
+        return await _pages(client, member, revision, done=done) if revision else ()
     except KvError as error:
         return error
 

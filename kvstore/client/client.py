@@ -31,6 +31,7 @@ from kvstore.client.deadlines import Deadlines
 from kvstore.client.lease import Lease
 from kvstore.client.lock import LOCK_TTL_S, Election, Lock
 from kvstore.client.pool import Pool, Route
+from kvstore.client.seconds import checked_timeout, ttl_ms
 from kvstore.client.session import Sessions
 from kvstore.client.transaction import Transaction, key_after
 from kvstore.client.watch import Stream, Watch, What
@@ -74,8 +75,6 @@ _LEVELS: dict[str, tuple[int, Route]] = {
     "local": (codec.ReadLevel.LOCAL, Route.REPLICA),
 }
 
-# Longer than any outage that a caller would sit out, and short enough that a forgotten call cannot live for ever.
-TIMEOUT_MAX_S = 3600.0
 # A transaction that lost this often meets more writers than waiting will cure; `Add` in a plain `txn` needs no retries.
 TRANSACTION_ATTEMPTS = 32
 # The first wait is about a commit's time; the last spreads hundreds of contenders over as many commits.
@@ -108,7 +107,7 @@ class Client:
     ) -> None:
         """Takes no network step. `connector` and `chance` (backoff jitter) are for embedding and for simulation."""
         self._endpoints = tuple(endpoints)
-        self._timeout_s = _checked_timeout(timeout_s)
+        self._timeout_s = checked_timeout(timeout_s)
         self._cluster_id = cluster_id
         self._connector = connector
         self._chance = chance if chance is not None else random.Random()
@@ -182,14 +181,18 @@ class Client:
         self, key: bytes, end: bytes | None = None, *, prev: bool = False, timeout: float | None = None
     ) -> DeleteResult:
         """Delete one key, or every key in `[key, end)` (`end=b""`: no upper bound). Deleting nothing is no error:
-        `deleted` says how many there were. With `prev`, the result holds them."""
+        `deleted` says how many there were. With `prev`, the result holds them.
+
+        All at once, so only so much: `Refused(range_too_large)` past 25,000 records or 32 MiB (`model.REPLACED_MAX`).
+        Who needs it not all at once reads a page, deletes up to its last key, and so on.
+        """
         _check_bytes("key", key)
         if end is not None:
             _check_bytes("end", end)
         return _expect(await self._write(Delete(key, end, prev), timeout), DeleteResult)
 
     async def delete_prefix(self, prefix: bytes, *, prev: bool = False, timeout: float | None = None) -> DeleteResult:
-        """Delete every key that starts with `prefix`."""
+        """Delete every key that starts with `prefix`, as `delete` does."""
         _check_bytes("prefix", prefix)
         return _expect(await self._write(Delete(prefix, prefix_end(prefix), prev), timeout), DeleteResult)
 
@@ -226,6 +229,9 @@ class Client:
         A compare that does not hold is no error: `succeeded` is then False, and `results` are those of `failure`. An
         operation that cannot be done (an `Add` out of its bounds, a key written twice) refuses the whole: `Refused`,
         whose `operation` is the path to it. A transaction that only reads is sent as a linearizable read.
+
+        All its ranges and compares together walk over 100,000 records or 64 MiB of them (`model.WALK_MAX`), and its
+        writes replace what `delete` may, or it is refused with `range_too_large`.
         """
         request = Txn(tuple(compare), tuple(success), tuple(failure))
         if limits.is_read_only(request):
@@ -243,14 +249,13 @@ class Client:
     def lease(self, ttl_s: float, *, on_lost: Callable[[], object] | None = None) -> Lease:
         """A lease for as long as a block runs, kept alive meanwhile: `async with kv.lease(10) as lease: ...`. Leaving
         the block revokes it, and deletes its records. `on_lost` is called if it is lost before that."""
-        _ttl_ms(ttl_s)
         return Lease(self, ttl_s, on_lost)
 
     async def grant_lease(self, ttl_s: float, *, lease: int = 0, timeout: float | None = None) -> LeaseResult:
         """Grant a lease that lives `ttl_s` seconds (one at least) after this or its last keep-alive. `lease` is an id
         of your own; 0 has the store choose. Raises `Refused`: `lease_exists`, `too_many_leases`."""
         _check_int("lease", lease)
-        return _expect(await self._write(GrantLease(_ttl_ms(ttl_s), lease), timeout), LeaseResult)
+        return _expect(await self._write(GrantLease(ttl_ms(ttl_s), lease), timeout), LeaseResult)
 
     async def keep_lease(self, lease: int, *, timeout: float | None = None) -> LeaseResult:
         """Let a lease live for its whole time from now on. Raises `Refused(lease_not_found)`."""
@@ -294,14 +299,13 @@ class Client:
     ) -> Lock:
         """Hold a lock while a block runs: `async with kv.lock("reports") as lock: ...`. First come, first served.
 
-        `ttl_s`: so long a dead holder keeps the others waiting. `wait_s`: so long to wait for it (0: only if it is
-        free; None: as long as it takes), after which it raises `Unavailable(lock_held)`. `on_lost` is called if it is
-        lost before the block ends. What keeps a holder that does not know that it lost it from writing is
-        `lock.held` and `lock.token`: see `kvstore/client/lock.py`, or docs/consistency.md.
+        `ttl_s`: so long a dead holder keeps the others waiting. `wait_s`: so long to wait for others that came before
+        (0: only if it is free; None: as long as it takes), after which it raises `Unavailable(lock_held)`. Joining
+        them takes two calls that end as any call does, within the client's timeout; who has a place keeps it through
+        an outage, for as long as its lease is sure (`Unavailable(lock_lost)` then). `on_lost` is called if it is lost
+        before the block ends. What keeps a holder that does not know that it lost it from writing is `lock.held` and
+        `lock.token`: see `kvstore/client/lock.py`, or docs/consistency.md.
         """
-        _ttl_ms(ttl_s)
-        if wait_s is not None and wait_s < 0:
-            raise ValueError(f"wait_s is 0 or more, not {wait_s!r}")
         return Lock(self, name, b"", ttl_s, wait_s, on_lost)
 
     def election(self, name: str | bytes) -> Election:
@@ -347,7 +351,9 @@ class Client:
 
         At most `limit` of them (0: as many as fit a result of 1 MiB). `more` says that something was left out;
         `count` is how many there are in the whole range, or with `more` at least are: it looks no further than a
-        thousand ahead. `count_only` counts them all. `level` and `revision` as for `get`. `scan` pages by itself.
+        thousand ahead. `count_only` counts them all. `sort` walks over the whole range, which must not hold more than
+        100,000 records or 64 MiB (`Refused(range_too_large)`); only `SortBy.KEY` does not. `level` and `revision` as
+        for `get`. `scan` pages by itself.
         """
         start, end = _bounds(start, end, prefix)
         _check_int("limit", limit)
@@ -445,7 +451,8 @@ class Client:
         says that you mean to wait. One that was compacted is refused with `revision_compacted`.
         `prev` adds the record as it was before. `puts` and `deletes` say which events are wanted. `marks` has
         `Watch.revisions` also tell when nothing has happened up to some revision.
-        `timeout`: seconds without any node that serves it, after which iterating raises `Unavailable`.
+        `timeout`: seconds without any node that serves it, after which iterating raises `Unavailable`. A range that
+        is empty is refused with `invalid_range`.
         """
         start, end = _bounds(start, end, prefix)
         _check_int("from_revision", from_revision)
@@ -532,13 +539,15 @@ class Client:
         *,
         timeout: float | None = None,
     ) -> tuple[Member, ...]:
-        """Add a node as a learner. Returns the members after it."""
+        """Add a node as a learner. Returns the members after it. `Refused(invalid_request)` where a name, an id or an
+        address is none, or another member has the address."""
         return await self._admin(
             lambda id: codec.MemberAdd(id, cluster_id, name, peer_address, client_address, node_id), timeout
         )
 
     async def member_promote(self, name: str, *, timeout: float | None = None) -> tuple[Member, ...]:
-        """Give a learner its vote. `Refused(not_caught_up)` while it lacks too much of the log."""
+        """Give a learner its vote. `Refused(not_caught_up)` while the leader does not hear it, or it lacks too much of
+        the log."""
         return await self._admin(lambda id: codec.MemberPromote(id, name), timeout)
 
     async def member_remove(
@@ -549,7 +558,8 @@ class Client:
         return await self._admin(lambda id: codec.MemberRemove(id, name, force), timeout)
 
     async def transfer_leader(self, name: str = "", *, timeout: float | None = None) -> tuple[Member, ...]:
-        """Hand leadership to `name`, or to whom the leader chooses. `Unavailable(transfer_failed)` if that failed."""
+        """Hand leadership to `name`, or to whom the leader chooses. `Unavailable(transfer_failed)` if that failed;
+        `Refused`: `member_unknown`, `not_voter`."""
         return await self._admin(lambda id: codec.TransferLeader(id, name), timeout)
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -571,7 +581,7 @@ class Client:
         return loop
 
     def _timeout(self, timeout: float | None) -> float:
-        return self._timeout_s if timeout is None else _checked_timeout(timeout)
+        return self._timeout_s if timeout is None else checked_timeout(timeout)
 
     async def _write(self, request: model.Mutation, timeout: float | None) -> object:
         body = _encode(request)
@@ -626,13 +636,6 @@ class Client:
         return _expect(await self._write(request, timeout), TxnResult)
 
 
-def _ttl_ms(ttl_s: float) -> int:
-    if not model.LEASE_TTL_MS_MIN <= ttl_s * 1000 <= model.LEASE_TTL_MS_MAX:
-        least, most = model.LEASE_TTL_MS_MIN / 1000, model.LEASE_TTL_MS_MAX / 1000
-        raise ValueError(f"a lease lives at least {least:g} and at most {most:.0f} seconds, not {ttl_s!r}")
-    return round(ttl_s * 1000)
-
-
 def _encode(request: model.Mutation | model.Read) -> bytes:
     try:
         return codec.encode_request(request)
@@ -645,12 +648,6 @@ def _level(level: str) -> tuple[int, Route]:
         return _LEVELS[level]
     except (KeyError, TypeError):
         raise ValueError(f"level is 'linearizable' or 'local', not {level!r}") from None
-
-
-def _checked_timeout(timeout: float) -> float:
-    if not 0 < timeout <= TIMEOUT_MAX_S:
-        raise ValueError(f"a timeout is above 0 and at most {TIMEOUT_MAX_S:.0f} seconds, not {timeout!r}")
-    return timeout
 
 
 def _check_bytes(name: str, value: object) -> None:

@@ -11,7 +11,9 @@ wait; the store walks over all of them for it, of which there may be `WALK_MAX`.
 What this gives, and what it cannot:
 
 - While `lock.valid_for_s` is above 0, nobody else holds the lock. That is counted on this process's clock, as a lease's
-  time is (`client/lease.py`).
+  time is (`client/lease.py`). It is so unless somebody ends it from outside: who deletes the holder's key (an ordinary
+  key, which `delete_prefix(b"")` deletes, too) lets the next one in, and the holder hears of it when it next uses
+  `lock.held`; who revokes its lease does, too, and the holder hears of that within a third of its time to live.
 - A holder that is paused, cut off, or slow may lose the lock and not know it yet, as with every lock that outlives its
   holder's death. So the lock alone keeps nobody from writing late. Two things do:
   - `lock.held`, a compare for transactions in this store: they take effect only if the lock is still held at that
@@ -19,22 +21,32 @@ What this gives, and what it cannot:
   - `lock.token`, a number that grows with each holder: send it along to other systems, and have them refuse a token
     below the greatest that they have seen. It is the create revision of the holder's key.
 - It is fair: first come, first served, as the store received them.
+
+Where no majority answers, who holds it or waits goes on for as long as its lease is surely there, a waiter also until
+its own time is over; after that it is `lock_lost` (or `lock_held`), which says why the store did not answer. Who has no
+place in line yet gets what any call gets, within the client's timeout, and holds nothing: a lease that was granted all
+the same ends by itself. Leaving the line is a call, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvstore.client.lease import Lease
+from kvstore.client.seconds import TIMEOUT_MAX_S, checked_wait, ttl_ms
 from kvstore.errors import KvError, Refused, Unavailable
 from kvstore.model import Compare, Put, Range, RangeResult, Record, Relation, SortBy, Target, prefix_end
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
+    from kvstore.client.watch import Watch
+
+_T = TypeVar("_T")
 
 # Long enough to sit out an election with a keep-alive lost in it; so long a dead holder keeps others waiting.
 LOCK_TTL_S = 10.0
@@ -42,6 +54,8 @@ LOCK_TTL_S = 10.0
 LOCKS = b"_lock/"
 # So many of those right before it a waiter knows: waiters give up one by one, and the next is known when one does.
 _KNOWN_BEFORE = 8
+# A read that the store did not answer is asked again after this: soon, beside the seconds for which it was waited for.
+_AGAIN_S = 0.5
 
 _log = logging.getLogger("kvstore")
 
@@ -70,8 +84,9 @@ class Lock:
         self._name = name
         self._prefix = lock_prefix(name)
         self._value = value
+        ttl_ms(ttl_s)  # raises for what no lease can live
         self._ttl_s = ttl_s
-        self._wait_s = wait_s
+        self._wait_s = checked_wait(wait_s)
         self._on_lost = on_lost
         self._lease: Lease | None = None
         self.key = b""
@@ -81,7 +96,8 @@ class Lock:
 
     @property
     def valid_for_s(self) -> float:
-        """For how many seconds from now nobody else can hold it; 0 once that is not sure any more."""
+        """For how many seconds from now its lease is surely there, and so nobody else can hold it; 0 once that is not
+        sure any more. What somebody else deletes or revokes does not show here (see the module), but in `held`."""
         return self._lease.valid_for_s if self._lease is not None and self.token else 0.0
 
     @property
@@ -106,6 +122,10 @@ class Lock:
             raise
         try:
             await self._acquire(self._lease)
+        except GeneratorExit:
+            self._lease.drop()
+            self._lease = None
+            raise
         except BaseException as error:
             lease, self._lease = self._lease, None
             await lease.__aexit__(type(error), error, None)
@@ -130,19 +150,15 @@ class Lock:
             self._on_lost()
 
     async def _acquire(self, lease: Lease) -> None:
-        kv, loop = self._client, asyncio.get_running_loop()
-        wait_until = None if self._wait_s is None else loop.time() + self._wait_s
+        kv, patience = self._client, _Patience(lease, self._wait_s)
         self.key = self._prefix + b"%016x" % lease.id
         put = Put(self.key, self._value, lease.id)
         asked = await kv.txn(success=[self._queue(_KNOWN_BEFORE, newest_first=True), put])
         place, revision = asked.revision, asked.revision
         before = [record.key for record in _records(asked.results[0])]
         while before:
-            if wait_until is not None and loop.time() >= wait_until:
-                message = f"others came before, and hold or want this lock; waited {self._wait_s:g} s"
-                raise Unavailable(message, code="lock_held")
-            await self._gone(before[0], revision + 1, lease, wait_until)
-            before, revision = await self._look(before, place)
+            await patience.change(kv.watch(before[0], from_revision=revision + 1, puts=False))
+            before, revision = await self._look(before, place, patience)
         if lease.lost:
             raise _lost_in_line()
         self.token = place
@@ -158,11 +174,11 @@ class Lock:
             sort=SortBy.CREATE_REVISION,
         )
 
-    async def _look(self, known: list[bytes], place: int) -> tuple[list[bytes], int]:
+    async def _look(self, known: list[bytes], place: int, patience: _Patience) -> tuple[list[bytes], int]:
         """Which of those that are known to have come before are left, the nearest first, and as of which revision. If
-        there are none, it is the one who is first now; if that is this one, nobody. Raises `lock_lost`."""
-        own = Range(self.key)
-        seen = await self._client.txn(success=[own, self._queue(1), *(Range(key, keys_only=True) for key in known)])
+        there are none, it is the one who is first now; if that is this one, nobody. Raises `lock_lost`, `lock_held`."""
+        looks = [Range(self.key), self._queue(1), *(Range(key, keys_only=True) for key in known)]
+        seen = await patience.answer(lambda timeout_s: self._client.txn(success=looks, timeout=timeout_s))
         mine, first, *others = (_records(result) for result in seen.results)
         if not mine or not first:
             raise _lost_in_line()
@@ -171,25 +187,65 @@ class Lock:
         left = [record.key for records in others for record in records if record.create_revision < place]
         return left or [first[0].key], seen.revision
 
-    async def _gone(self, key: bytes, from_revision: int, lease: Lease, wait_until: float | None) -> None:
-        """Wait until a key goes, our own lease is not sure any more, or the time is over. It may return early."""
-        loop = asyncio.get_running_loop()
-        watch = self._client.watch(key, from_revision=from_revision, puts=False)
+
+class _Patience:
+    """How long one goes on to wait: a waiter while its lease is surely there, and until its time is over. What the
+    store does not answer meanwhile is asked again."""
+
+    def __init__(self, lease: Lease | None = None, wait_s: float | None = None) -> None:
+        """`lease` None: without one. `wait_s` None: as long as it takes."""
+        self._loop = asyncio.get_running_loop()
+        self._lease = lease
+        self._wait_s = wait_s
+        self._until = math.inf if wait_s is None else self._loop.time() + wait_s
+        self._trouble = ""  # why the store did not answer, if it did not the last time
+
+    async def answer(self, ask: Callable[[float], Awaitable[_T]]) -> _T:
+        """What the store answers to `ask(timeout_s)`, which only reads. Raises `lock_lost`, `lock_held`."""
+        while True:
+            left_s = self._left_s()
+            try:
+                answer = await ask(left_s)
+            except Unavailable as error:
+                if error.code == "closed":
+                    raise
+                self._trouble = f"; the store does not answer: {error}"
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                self._trouble = ""
+                return answer
+
+    async def change(self, watch: Watch) -> None:
+        """Wait until a watch shows something, and close it. It may return early: who waited looks anyway. Raises
+        `lock_lost`, `lock_held`."""
         try:
-            while not lease.lost and (wait_until is None or loop.time() < wait_until):
-                until = loop.time() + lease.valid_for_s
+            while True:
+                left_s = self._left_s()
                 try:
-                    async with asyncio.timeout_at(until if wait_until is None else min(until, wait_until)):
+                    async with asyncio.timeout(left_s):
                         await anext(watch)
                     return
                 except TimeoutError:
-                    continue
+                    continue  # a keep-alive may have given it more time
                 except KvError as error:
-                    if error.code != "revision_compacted":
+                    # No node serves it now, or it is to show what is forgotten by now. Other troubles are real ones.
+                    if error.code not in ("timeout", "revision_compacted"):
                         raise
-                    return  # it may have gone in what is forgotten
+                    return
         finally:
             await watch.close()
+
+    def _left_s(self) -> float:
+        """As much as one call may take of it."""
+        left_s = self._until - self._loop.time()
+        if left_s <= 0.0:
+            message = f"others came before, and hold or want this lock; waited {self._wait_s:g} s{self._trouble}"
+            raise Unavailable(message, code="lock_held")
+        if self._lease is not None:
+            left_s = min(left_s, self._lease.valid_for_s)
+            if left_s == 0.0:
+                raise _lost_in_line(self._trouble)
+        return min(left_s, TIMEOUT_MAX_S)
 
 
 def _records(result: object) -> tuple[Record, ...]:
@@ -197,8 +253,8 @@ def _records(result: object) -> tuple[Record, ...]:
     return result.records
 
 
-def _lost_in_line() -> Unavailable:
-    return Unavailable("the lease of this lock ended while it waited for its turn", code="lock_lost")
+def _lost_in_line(trouble: str = "") -> Unavailable:
+    return Unavailable(f"the lease of this lock ended while it waited for its turn{trouble}", code="lock_lost")
 
 
 class Election:
@@ -223,26 +279,31 @@ class Election:
 
     async def leader(self, *, timeout: float | None = None) -> Record | None:
         """Who leads now: the record of its key, whose value is what it campaigned with."""
-        found = await self._client.range(prefix=self._prefix, sort=SortBy.CREATE_REVISION, limit=1, timeout=timeout)
-        return found.records[0] if found.records else None
+        return _first(await self._look(timeout))
 
     async def observe(self) -> AsyncIterator[Record | None]:
         """Who leads: now, and each time that it changes. None: nobody. Every leader that it gives did lead at some
-        time, in this order; one that led very shortly may be left out."""
+        time, in this order; one that led very shortly may be left out.
+
+        It goes on for as long as you iterate. Where no majority answers it waits, and tells nothing new meanwhile: who
+        it gave last may not lead any more."""
+        patience = _Patience()
         known: int | None = None
         while True:
-            found = await self._client.range(prefix=self._prefix, sort=SortBy.CREATE_REVISION, limit=1)
-            leader = found.records[0] if found.records else None
+            found = await patience.answer(self._look)
+            leader = _first(found)
             current = leader.create_revision if leader is not None else 0
             if current != known:
                 known = current
                 yield leader
-            try:
-                async with self._client.watch(prefix=self._prefix, from_revision=found.revision + 1) as watch:
-                    await anext(watch)
-            except KvError as error:
-                if error.code != "revision_compacted":
-                    raise
+            await patience.change(self._client.watch(prefix=self._prefix, from_revision=found.revision + 1))
+
+    async def _look(self, timeout_s: float | None) -> RangeResult:
+        return await self._client.range(prefix=self._prefix, sort=SortBy.CREATE_REVISION, limit=1, timeout=timeout_s)
+
+
+def _first(found: RangeResult) -> Record | None:
+    return found.records[0] if found.records else None
 
 
 __all__ = ["LOCKS", "LOCK_TTL_S", "Election", "Lock", "lock_prefix"]

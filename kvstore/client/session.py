@@ -6,8 +6,10 @@ Rules
 - `acked_below` is the lowest number whose call is not over. A call is over when it was answered, and also when its
   caller gave up on it (deadline, cancellation): nobody will send that number again, so the store may forget its answer,
   and must not execute a copy of it that is still on its way once it has seen the acknowledgement.
-- At most `WINDOW` numbers lie between `acked_below` and the next one (what the store keeps for a session), and at most
-  `UNANSWERED_BYTES_MAX` of requests. Further calls wait in line; a line that is full refuses with `overloaded`.
+- At most `WINDOW` numbers lie between `acked_below` and the next one, and at most `UNANSWERED_BYTES_MAX` of requests.
+  Further calls wait in line; a line that is full refuses with `overloaded`.
+- Keep-alives wait in no line: else a program with more to write than its cluster takes would lose its leases over it.
+  `KEEPS` numbers beyond the window are theirs.
 - When the store has forgotten a session, nothing that was in doubt is ever sent under a new one: see `call.py`.
 
 After RIFL, "Implementing Linearizability at Large Scale and Low Latency" (SOSP 2015), and Ongaro's thesis, 6.3.
@@ -27,8 +29,10 @@ from kvstore.model import CloseSession, KeepSession, OpenSession, SessionResult
 if TYPE_CHECKING:
     from kvstore.client.call import Dispatcher
 
-# The store keeps this many unacknowledged results of a session (design section 5).
-WINDOW = 1024
+# The store keeps 1,024 unacknowledged results of a session (design section 5): these two together.
+# A few keep-alives for each of some tens of leases, while the oldest request is being repeated.
+KEEPS = 64
+WINDOW = 1024 - KEEPS
 # Twenty of the largest requests, or all of the window at 32 KiB each: enough to fill any line, small enough to hold.
 UNANSWERED_BYTES_MAX = 32 * 1024 * 1024
 # Callers in line behind a full window. Sixteen windows are more than a second's work; beyond, waiting helps nobody.
@@ -96,6 +100,10 @@ class Sessions:
             self._dispatcher.hold(call)
             self._admit(session, call)
             return
+        if session is not None and self._may_overtake(session, call):
+            self._dispatcher.hold(call)
+            self._admit(session, call)
+            return
         if len(self._line) >= LINE_MAX:
             raise Unavailable(
                 f"{LINE_MAX} writes of this client wait behind {WINDOW} unanswered ones; send fewer", code="overloaded"
@@ -152,6 +160,11 @@ class Sessions:
 
     def _has_room(self, session: Session) -> bool:
         return session.next_seq - session.acked_below < WINDOW and self._unanswered_bytes < UNANSWERED_BYTES_MAX
+
+    @staticmethod
+    def _may_overtake(session: Session, call: WriteCall) -> bool:
+        is_room = session.next_seq - session.acked_below < WINDOW + KEEPS
+        return is_room and codec.is_keep_alive(call.request)
 
     def _admit(self, session: Session, call: WriteCall) -> None:
         call.session = session

@@ -29,7 +29,7 @@ from kvstore.client.lock import LOCK_TTL_S, Election, Lock
 from kvstore.client.transaction import Transaction
 from kvstore.client.watch import Watch
 from kvstore.errors import Refused, Unavailable
-from kvstore.model import Event, Record
+from kvstore.model import Event, Record, TxnResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -206,6 +206,14 @@ def _in_transaction(
     return call
 
 
+def _noting(method: Callable[Concatenate[Transaction, P], T]) -> Callable[Concatenate[SyncTransaction, P], T]:
+    @functools.wraps(method)
+    def call(self: SyncTransaction, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return method(self._txn, *args, **kwargs)
+
+    return call
+
+
 class SyncClient:
     """See the module. `with kvstore.connect_sync(...) as kv:`, or `kv.close()` at the end."""
 
@@ -252,6 +260,7 @@ class SyncClient:
     get = _blocking(Client.get)
     range = _blocking(Client.range)
     scan = _iterating(Client.scan)
+    digest = _blocking(Client.digest)
     grant_lease = _blocking(Client.grant_lease)
     keep_lease = _blocking(Client.keep_lease)
     revoke_lease = _blocking(Client.revoke_lease)
@@ -377,10 +386,16 @@ class SyncElection:
         wait_s: float | None = None,
         on_lost: Callable[[], object] | None = None,
     ) -> Held[Lock]:
+        """As `Election.campaign`. `on_lost` is called in another thread."""
         return Held(self._thread, self._election.campaign(value, ttl_s=ttl_s, wait_s=wait_s, on_lost=on_lost))
 
     def leader(self, *, timeout: float | None = None) -> Record | None:
+        """As `Election.leader`."""
         return self._thread.run(lambda: self._election.leader(timeout=timeout))
+
+    def observe(self) -> Iterator[Record | None]:
+        """As `Election.observe`: iterating blocks until somebody else leads."""
+        yield from _each(self._thread, self._election.observe())
 
 
 class SyncWatch:
@@ -423,9 +438,6 @@ class SyncTransaction:
     def __init__(self, thread: _Thread, txn: Transaction) -> None:
         self._thread = thread
         self._txn = txn
-        self.put = txn.put
-        self.delete = txn.delete
-        self.add = txn.add
 
     def __enter__(self) -> SyncTransaction:
         self._thread.run(self._txn.__aenter__)
@@ -444,10 +456,18 @@ class SyncTransaction:
         return self._txn.revision
 
     @property
+    def result(self) -> TxnResult | None:
+        """As `Transaction.result`: what the commit answered."""
+        return self._txn.result
+
+    @property
     def conflicted(self) -> bool:
         """Its commit was refused because another writer was faster."""
         return self._txn.conflicted
 
+    put = _noting(Transaction.put)
+    delete = _noting(Transaction.delete)
+    add = _noting(Transaction.add)
     get = _in_transaction(Transaction.get)
     range = _in_transaction(Transaction.range)
     delete_range = _in_transaction(Transaction.delete_range)

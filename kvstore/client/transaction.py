@@ -16,8 +16,10 @@ The scheme is backward validation, as in Kung and Robinson, "On Optimistic Metho
 the read set checked in the same atomic step that writes, as FoundationDB's resolvers do it.
 
 Cost: one compare per key read, two per range read, one operation per key written, 1,024 of them in all; the server
-walks a checked range once. Contended counters belong into `add` on keys that the transaction does not read: such an
-`add` compares nothing and never conflicts.
+walks over a checked range once for each of its two, within what a request may (`model.WALK_MAX`): so a transaction may
+read ranges of 50,000 records or 32 MiB in all, and is refused at its commit past that (`range_too_large`). Contended
+counters belong into `add` on keys that the transaction does not read: such an `add` compares nothing and never
+conflicts.
 """
 
 from __future__ import annotations

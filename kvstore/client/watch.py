@@ -8,6 +8,9 @@ revision that was cut off in its middle is simply asked for again.
 What is read ahead is bounded: the node sends no more than a window of bytes beyond what has been taken from the
 iterator. A program that stops iterating costs itself that window and the cluster nothing. If it stays away until the
 history that it needs next is compacted, it gets `Refused(revision_compacted)`.
+
+A revision larger than the window is assembled beyond it, up to `REVISION_BYTES_MAX`, once all before it has been taken;
+and until it has been taken, no more than a window comes after it.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ from kvstore.model import ErrorResult, Event
 
 # Some thousand small events: enough to keep a reader busy through a round trip, little enough for a thousand watches.
 WINDOW_BYTES = 1024 * 1024
+# Of one revision, as it is encoded. What a request puts, deletes and replaces takes some 80 MiB at most, with all the
+# records before (`model.REPLACED_BYTES_MAX`, and keys come twice). The end of a lease on many large ones may take more.
+REVISION_BYTES_MAX = 128 * 1024 * 1024
 
 
 class What(Struct, frozen=True):
@@ -80,6 +86,9 @@ class Stream:
         self._retry: asyncio.TimerHandle | None = None
         self._give_up: asyncio.TimerHandle | None = None
         self._partial: list[Event] = []  # of a revision whose end has yet to come
+        self._partial_bytes = 0
+        self._ahead_bytes = 0  # of these, what was credited though it is not taken
+        self._held_bytes = 0  # of whole revisions that are not taken
         self._owed_bytes = 0  # taken, and not yet credited
         self._waiter: asyncio.Future[None] | None = None
         self.first = what.from_revision
@@ -109,17 +118,15 @@ class Stream:
         """So many bytes of events need no room any more."""
         if self.error is not None:
             return
-        self._owed_bytes += size_bytes
+        self._held_bytes -= size_bytes
+        self._credit(size_bytes)
         if self._is_full and self._room >= WINDOW_BYTES // 4:
             self.begin()
-        # In a few portions: each costs a frame.
-        if self._owed_bytes >= WINDOW_BYTES // 4 and self._link is not None and self._link.channel is not None:
-            self._link.channel.tell(WatchCredit(self._frame_id, self._owed_bytes))
-            self._owed_bytes = 0
+        self._let_partial_grow()
 
     def close(self, error: KvError) -> None:
         """End it, with what is to be told to who still reads."""
-        if self.error is not None:
+        if self.error is not None or self.loop.is_closed():  # a closed loop, and every connection with it
             return
         link, self._link = self._link, None
         if link is not None and link.channel is not None:
@@ -150,7 +157,7 @@ class Stream:
         self._attempts += 1
         self._owed_bytes = 0
         self._is_served = False
-        self._partial.clear()
+        self._drop_partial()
         what = self._what
         future = what.future and self.next == what.from_revision
         channel.send(
@@ -170,8 +177,26 @@ class Stream:
 
     @property
     def _room(self) -> int:
-        """Bytes of the window that are not filled by what is ready and not yet taken."""
-        return WINDOW_BYTES - sum(size_bytes for _, _, size_bytes in self.ready)
+        """Bytes of the window that are not filled by what is not yet taken; below 0 where that is more."""
+        return WINDOW_BYTES - self._held_bytes
+
+    def _credit(self, size_bytes: int) -> None:
+        self._owed_bytes += size_bytes
+        # In a few portions: each costs a frame.
+        if self._owed_bytes >= WINDOW_BYTES // 4 and self._link is not None and self._link.channel is not None:
+            self._link.channel.tell(WatchCredit(self._frame_id, self._owed_bytes))
+            self._owed_bytes = 0
+
+    def _let_partial_grow(self) -> None:
+        """The rest of a revision may need the room that its beginning takes. It gets it when nothing else is held."""
+        more_bytes = self._partial_bytes - self._ahead_bytes
+        if more_bytes and not self._held_bytes:
+            self._ahead_bytes += more_bytes
+            self._credit(more_bytes)
+
+    def _drop_partial(self) -> None:
+        self._partial.clear()
+        self._partial_bytes = self._ahead_bytes = 0
 
     def _arm_give_up(self) -> None:
         if self._give_up is None:
@@ -188,7 +213,7 @@ class Stream:
 
     def _again(self) -> None:
         self._link = None
-        self._partial.clear()
+        self._drop_partial()
         if self.error is not None or self._retry is not None:
             return
         self._arm_give_up()
@@ -220,6 +245,7 @@ class Stream:
             self._parked = False
             self._pool.unpark(self)
         self._link = None
+        self._drop_partial()
         self._ended(self)
         self._notify()
 
@@ -268,15 +294,20 @@ class Stream:
 
     def _on_events(self, frame: WatchEvents) -> None:
         if frame.more:
-            # The rest of the revision needs the room that its beginning takes.
             self._partial.extend(frame.events)
-            self.taken(frame.size_bytes)
+            self._partial_bytes += frame.size_bytes
+            if self._partial_bytes > REVISION_BYTES_MAX:
+                self.close(_too_large(frame.revision))
+            else:
+                self._let_partial_grow()
             return
-        events = frame.events
+        events, size_bytes = frame.events, frame.size_bytes
         if self._partial:
             events = (*self._partial, *events)
-            self._partial.clear()
-        self._complete(events, frame.revision, frame.size_bytes)
+            size_bytes += self._partial_bytes
+            self._owed_bytes -= self._ahead_bytes
+            self._drop_partial()
+        self._complete(events, frame.revision, size_bytes)
 
     def _complete(self, events: tuple[Event, ...], revision: int, size_bytes: int) -> None:
         self._attempts = 0
@@ -284,6 +315,7 @@ class Stream:
             return
         self.next = max(self.next, revision + 1)
         if events:
+            self._held_bytes += size_bytes
             self.ready.append((events, revision, size_bytes))
         elif self.ready and not self.ready[-1][0]:
             self.ready[-1] = ((), revision, 0)
@@ -307,6 +339,14 @@ class Stream:
         assert link is not None
         self._end(InternalError(f"{link.address} answered a watch with {what}; its version may not be this client's"))
         link.close("it answered a watch with what is none of its answers")
+
+
+def _too_large(revision: int) -> Refused:
+    return Refused(
+        f"the events of revision {revision} take more than {REVISION_BYTES_MAX} bytes: read what you need anew, and "
+        f"watch from {revision + 1} on; a narrower range, or a watch without `prev`, takes less",
+        code="result_too_large",
+    )
 
 
 class Watch:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from kvstore.env import Log
-from kvstore.errors import KvError, Refused, Unavailable
+from kvstore.errors import KvError, Refused, StartupError, Unavailable
 from kvstore.model import Member
 from kvstore.raft.fsm import EntryKind
 from kvstore.raft.members import Configuration
@@ -41,6 +41,7 @@ class Leader(Protocol):
     @property
     def committed(self) -> int: ...
     def match_index(self, peer: str) -> int: ...
+    def version_of(self, name: str, node_id: str) -> int: ...
     def alive(self) -> set[str]: ...
     def propose_entry(self, entry: bytes, done: Callable[[Any, KvError | None], None]) -> None: ...
 
@@ -83,31 +84,62 @@ class Changes:
 
     # --- membership ---------------------------------------------------------------------------------------------------
 
-    def add_learner(self, member: Member, done: Done) -> None:
-        self._change(lambda: self.members.add_learner(member), done)
-
-    def promote(self, name: str, done: Done) -> None:
-        """Make a learner that has caught up a voter."""
+    def add_learner(self, member: Member, done: Done, version: int = 0) -> None:
+        """One that said that it understands less than `version` is refused; it may not have been heard yet."""
 
         def change() -> Configuration:
-            changed = self.members.promote(name, self._leader.alive())
-            behind = self._leader.committed - self._leader.match_index(name)
+            changed = self.members.add_learner(member)
+            self._understands(changed, member.name, version)
+            return changed
+
+        self._change(change, done)
+
+    def promote(self, name: str, done: Done, version: int = 0) -> None:
+        """Make a learner that has caught up, and understands `version`, a voter. One that this leader does not hear, or
+        that has acknowledged nothing yet, may be no node at all."""
+
+        def change() -> Configuration:
+            alive, held = self._leader.alive(), self._leader.match_index(name)
+            changed = self.members.promote(name, alive)
+            understands = self._understands(changed, name, version)
+            if name not in alive or not held or not understands:
+                raise Refused(
+                    f"{self._name}, which leads, does not hear {name}: see that it runs, and that its address in "
+                    "`kvstore member list` leads to it",
+                    code="not_caught_up",
+                )
+            behind = self._leader.committed - held
             if behind > PROMOTE_BEHIND_MAX:
                 raise Refused(f"{name} is {behind} entries behind; wait until it has caught up", code="not_caught_up")
             return changed
 
         self._change(change, done)
 
+    def _understands(self, members: Configuration, name: str, version: int) -> bool:
+        """False where it was not heard. Raises `StartupError(data_format_newer)`: it would stop at the next entry."""
+        member = members.get(name)
+        assert member is not None
+        said = self._leader.version_of(name, member.node_id)
+        if 0 < said < version:
+            raise StartupError(
+                f"{name} runs a program that knows versions up to {said}, and the cluster is at {version}: run a newer "
+                "one there",
+                code="data_format_newer",
+            )
+        return said >= version
+
     def remove(self, name: str, done: Done, force: bool = False) -> None:
-        """`force` gives up the check that the rest has a quorum alive; not the rule that one changes at a time."""
+        """`force` gives up the check that the rest has a quorum alive; not the rule that one changes at a time. That
+        check comes first: a leader that could not be removed need not hand over for it."""
 
         def change() -> Configuration:
+            changed = self.members.remove(name, self.members.voters if force else self._leader.alive())
             if name == self._name:
                 raise Refused(
                     f"{name} leads the cluster: hand leadership over first (`kvstore leave` does both)",
                     code="cannot_remove_leader",
                 )
-            return self.members.remove(name, self.members.voters if force else self._leader.alive())
+            return changed
 
         self._change(change, done)
 
@@ -129,7 +161,7 @@ class Changes:
         else:
             try:
                 changed = change()
-            except Refused as error:
+            except (Refused, StartupError) as error:
                 new = self._leads_since is None or self._now - self._leads_since < self._hears_within_s
                 if error.code == "would_lose_quorum" and new:
                     why = f"{self._name} has just begun to lead, and has not heard from all members yet; try again"
@@ -171,9 +203,16 @@ class Changes:
         return min(hand_over.deadline, hand_over.next_tell) if hand_over.sent else hand_over.deadline
 
     def transfer(self, name: str, deadline: float, done: Done) -> None:
-        """Hand leadership to `name`, or to the voter that holds most where `name` is empty."""
+        """Hand leadership to `name`, or to the voter that holds most where `name` is empty. A name that cannot lead is
+        `Refused`: `member_unknown`, `not_voter`."""
         if not self._leader.accepting:
             done(Unavailable("this node does not lead now", code="not_leader"))
+            return
+        try:
+            if name:
+                self.members.check_voter(name)
+        except Refused as error:
+            done(error)
             return
         candidates = (self.members.voters & self._leader.alive()) - {self._name}
         target = name or max(sorted(candidates), key=self._leader.match_index, default="")

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
+from kvstore import limits
 from kvstore.errors import Refused
 from kvstore.model import Member
 from kvstore.raft.fsm import EntryKind
@@ -116,9 +117,25 @@ class Configuration(msgspec.Struct, frozen=True):
             raise Refused(f"there is a member named {new.name} already; choose another name", code="member_exists")
         if len(self.members) >= MEMBERS_MAX:
             raise Refused(f"a cluster has at most {MEMBERS_MAX} members", code="invalid_request")
-        if not new.name or not new.peer_address or not new.node_id:
-            raise Refused("a member needs a name, an address and a node id", code="invalid_request")
+        limits.check_member(new)
+        self._check_addresses(new)
         return self._with(msgspec.structs.replace(new, voter=False))
+
+    def _check_addresses(self, new: Member) -> None:
+        """One address leads to one node, and there to one of its doors."""
+        if new.peer_address == new.client_address:
+            raise Refused(
+                f"{new.name} cannot be reached by nodes and by clients at one address, {new.peer_address}",
+                code="invalid_request",
+            )
+        for member in self.members:
+            taken = {new.peer_address, new.client_address} & {member.peer_address, member.client_address} - {""}
+            if taken:
+                raise Refused(
+                    f"{min(taken)} is the address of member {member.name}: give {new.name} one of its own, or take "
+                    f"{member.name} out first with `kvstore leave {member.name}`",
+                    code="invalid_request",
+                )
 
     def promote(self, name: str, alive: Collection[str]) -> Configuration:
         """Make a learner a voter. `alive`: the members that the leader hears, itself among them.
@@ -157,6 +174,14 @@ class Configuration(msgspec.Struct, frozen=True):
                 code="member_unknown",
             )
         return member
+
+    def check_voter(self, name: str) -> None:
+        """Only who has a vote can lead. Raises `Refused`: `member_unknown`, `not_voter`."""
+        if not self._known(name).voter:
+            raise Refused(
+                f"{name} is a learner, and cannot lead: give it a vote first with `kvstore member promote {name}`",
+                code="not_voter",
+            )
 
     @staticmethod
     def _checked(changed: Configuration, alive: Collection[str]) -> Configuration:

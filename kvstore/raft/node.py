@@ -145,13 +145,7 @@ class RaftNode:
     def _reconcile(self) -> None:
         """Make the log begin where the state ends, where a crash left them apart."""
         applied, wal = self.machine.applied_index, self._wal
-        if wal.first_index > max(1, applied):
-            raise StartupError(
-                f"the state in {self._data_dir}/state ends at entry {applied}, and the log begins at "
-                f"{wal.first_index}: entries between them are lost. Remove this member, empty its data directory and "
-                f"join it again",
-                code="state_damaged",
-            )
+        wal.check_continues(applied)
         if applied and wal.term_at(applied) != self.machine.applied_term:
             # A snapshot was installed, or the state was flushed beyond a log that lost its unsynced end.
             self._log.info("log restarts at the state", applied=applied, log_end=wal.last_index)
@@ -258,6 +252,10 @@ class RaftNode:
         heard = self._guard.heard_since(self._env.clock.monotonic() - self.config.election_max_ms / 1000)
         return {self.config.name, *filter(self._transport.connected, heard)}
 
+    def version_of(self, name: str, node_id: str) -> int:
+        """What this node last said that it understands; 0 where it was not heard."""
+        return self._roster.version_of(name, node_id)
+
     def status(self) -> RaftStatus:
         engine, wal = self._engine, self._wal
         return RaftStatus(
@@ -304,11 +302,11 @@ class RaftNode:
             self._reads.request(done)
             self._wake()
 
-    def add_learner(self, member: Member, done: Done) -> None:
-        self._changes.add_learner(member, done)
+    def add_learner(self, member: Member, done: Done, *, version: int = 0) -> None:
+        self._changes.add_learner(member, done, version)
 
-    def promote(self, name: str, done: Done) -> None:
-        self._changes.promote(name, done)
+    def promote(self, name: str, done: Done, *, version: int = 0) -> None:
+        self._changes.promote(name, done, version)
 
     def remove(self, name: str, done: Done, *, force: bool = False) -> None:
         self._changes.remove(name, done, force)
@@ -548,8 +546,11 @@ class RaftNode:
                 result = machine.apply(index, term, EntryKind(payload[0]), memoryview(payload)[1:])
             except OSError:
                 raise
+            except StartupError as error:
+                self._fail(error)  # the entry is of a newer version
+                return
             except Exception as error:
-                # A bug, or an entry of a newer version. To go on without it would make this replica differ.
+                # A bug. To go on without the entry would make this replica differ.
                 self._fail(InternalError(f"entry {index} of term {term} could not be applied: {error!r}"))
                 return
             applied = index

@@ -70,10 +70,15 @@ class Roster:
         self._versions[identity.name] = identity.version
         return news
 
+    def version_of(self, name: str, node_id: str) -> int:
+        """What a node last said that it understands; 0 where it was not heard. An empty id: any node of that name."""
+        seen = self.seen.get(name)
+        return self._versions[name] if seen is not None and node_id in ("", seen.node_id) else 0
+
     @property
     def common_version(self) -> int:
         """What all members understand, by what they last said; 0 where one was not heard yet."""
-        return min((self._versions.get(member.name, 0) for member in self._members.members), default=0)
+        return min((self.version_of(member.name, member.node_id) for member in self._members.members), default=0)
 
     def addresses(self) -> dict[str, str]:
         """Where to dial every other node: what it last said itself, the configuration's until then."""

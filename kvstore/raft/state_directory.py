@@ -21,6 +21,7 @@ from kvstore.env import Files
 from kvstore.errors import StartupError
 
 _POINTER = "CURRENT"
+_FIRST = "state-0"
 _STATE = re.compile(r"state-\d{1,15}")
 _NUMBERED = re.compile(r"(?:state|checkpoint)-(\d{1,15})")
 
@@ -43,24 +44,37 @@ class StateDirectory:
         for the state machine to make. Raises `StartupError(state_damaged)`, OSError."""
         if not self._current:
             files, directory = self._files, self._directory
-            pointer = f"{directory}/{_POINTER}"
-            if files.exists(pointer):
-                # A process that died between its renaming and the sync of it left a name that we see and that a power
-                # loss takes back; on what it names the log is about to rely.
-                files.sync_dir(directory)
-                self._current = _decode(pointer, files.read(pointer))
-            else:
+            name = self._named()
+            if not files.exists(f"{directory}/{_POINTER}"):
                 files.make_dirs(directory)
                 files.sync_dir(directory.rpartition("/")[0])
-                self._point_to("state-0")
-            others = [name for name in files.list_dir(directory) if _STATE.fullmatch(name) and name != self._current]
-            if others and not files.exists(f"{directory}/{self._current}"):
-                raise StartupError(
-                    f"{pointer} names {self._current}, which is not there, but {', '.join(others)} is; nothing was "
-                    "changed. Put it back, or remove this member, empty its data directory and join it again",
-                    code="state_damaged",
-                )
+                self._point_to(name)
+            self._current = name
         return f"{self._directory}/{self._current}"
+
+    def found(self) -> str:
+        """`current`, for who only looks: nothing is made, and it is empty where there is no state. Raises as that."""
+        path = f"{self._directory}/{self._named()}"
+        return path if self._files.list_dir(path) else ""
+
+    def _named(self) -> str:
+        """What the pointer names; the first name where there is none. Raises `StartupError(state_damaged)`."""
+        files, directory = self._files, self._directory
+        pointer = f"{directory}/{_POINTER}"
+        name = _FIRST
+        if files.exists(pointer):
+            # A process that died between its renaming and the sync of it left a name that we see and that a power loss
+            # takes back; on what it names the log is about to rely.
+            files.sync_dir(directory)
+            name = _decode(pointer, files.read(pointer))
+        others = [other for other in files.list_dir(directory) if _STATE.fullmatch(other) and other != name]
+        if others and not files.exists(f"{directory}/{name}"):
+            raise StartupError(
+                f"{pointer} names {name}, which is not there, but {', '.join(others)} is; nothing was changed. Put it "
+                "back, or remove this member, empty its data directory and join it again",
+                code="state_damaged",
+            )
+        return name
 
     def new(self) -> str:
         """A fresh path for an incoming checkpoint: not made yet, and never given twice."""

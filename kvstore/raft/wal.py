@@ -297,6 +297,12 @@ class Wal:
             self._file.close()
             self._file = None
 
+    def release(self) -> None:
+        """Release the files as they are: for who has only looked. After `close` nothing is left to do."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def _make_durable(self, batch: _Batch) -> None:
         """Runs in a thread, or inline."""
         try:
@@ -343,6 +349,17 @@ class Wal:
         term, voted_for, last_index, last_term = self._before
         kept = self._segments[0].start_position if self._segments else self._batch_start
         return SegmentHeader(self.node_id, self._batch_start, kept, term, voted_for, last_index, last_term, batch_bytes)
+
+    def check_continues(self, applied_index: int) -> None:
+        """Raises `StartupError(state_damaged)` where this log cannot lead on a state that ends at that entry (0: that
+        is empty, or not there)."""
+        if self.first_index > max(1, applied_index):
+            raise StartupError(
+                f"the state beside {self._directory} ends at entry {applied_index}, and the log begins at "
+                f"{self.first_index}: entries between them are lost. Put the state back if it was moved; else remove "
+                "this member, empty its data directory and join it again",
+                code="state_damaged",
+            )
 
     # --- opening ------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from kvstore.server.ports import Log, Machine, Raft
 _INTERVAL_S = 1.0
 _UPGRADE_INTERVAL_S = 0.1
 
+_RAISING = "raising the cluster's version"
 _EXPIRE_SESSIONS = Raw(codec.encode_request(model.ExpireSessions()))
 _EXPIRE_LEASES = Raw(codec.encode_request(model.ExpireLeases()))
 
@@ -54,22 +55,30 @@ class Chores:
             self._timer.cancel()
             self._timer = None
 
+    @property
+    def raises_version(self) -> bool:
+        """True while an own entry that raises the cluster's version is not applied yet."""
+        return _RAISING in self._under_way
+
     def _look(self) -> None:
         is_newer = self._machine().version < versions.VERSION
         self._timer = self._env.scheduler.call_later(_UPGRADE_INTERVAL_S if is_newer else _INTERVAL_S, self._look)
         if is_newer and self._raft.accepting:
             common = min(self._raft.status().common_version, versions.VERSION)
             if common > self._machine().version:
-                self._begin("raising the cluster's version", Raw(codec.encode_request(model.RaiseVersion(common))))
+                self._begin(_RAISING, Raw(codec.encode_request(model.RaiseVersion(common))))
         now = self._env.clock.monotonic()
         if now - self._looked_at < _INTERVAL_S * 0.9:
             return
         self._looked_at = now
         if self._raft.accepting:
             self._expire_leases()
-            if self._machine().expiry_due(self._log_clock.now_ms()):
+            now_ms = self._log_clock.now_ms()
+            if self._machine().stamp_due(now_ms):
+                self._begin("saying what time it is", _EXPIRE_LEASES)  # it ends none that is not due
+            if self._machine().expiry_due(now_ms):
                 self._begin("expiring sessions", _EXPIRE_SESSIONS)
-            revision = self._machine().compaction_due()
+            revision = self._machine().compaction_due(now_ms)
             if revision is not None:
                 self._begin("compacting history", Raw(codec.encode_request(model.Compact(revision))))
 

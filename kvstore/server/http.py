@@ -1,8 +1,8 @@
 """The http door: health and metrics. (etcd's JSON API and the console are to come here.)
 
 - `/livez`: 200 while this process answers. No answer: restart it.
-- `/readyz`: 200 while it knows a leader, its disk works, it is a member, and it has applied all but `BEHIND_MAX` of
-  what it knows to be committed. Else 503 and the reason: send requests elsewhere.
+- `/readyz`: 200 while it takes requests (it is not stopping), knows a leader, its disk works, it is a member, and it
+  has applied all but `BEHIND_MAX` of what it knows to be committed. Else 503 and the reason: send requests elsewhere.
 - `/health`: the same in the words of etcd: `{"health": "true", "reason": ""}`; an alarm makes it false, too.
 - `/metrics`: for Prometheus.
 
@@ -87,6 +87,8 @@ class HttpDoor:
 
     def why_not_ready(self) -> str:
         """Empty while requests may be sent here."""
+        if why := self._node.why_not_serving():
+            return why
         status = self._node.status()
         if status.storage_error:
             return f"it takes no part any more: {status.storage_error}"

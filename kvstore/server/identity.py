@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 from collections.abc import Callable, Iterable
 
 import google_crc32c
@@ -16,15 +17,19 @@ import msgspec
 
 from kvstore.env import Files, split_address
 from kvstore.errors import StartupError
+from kvstore.limits import is_node_name
 
 # 2: META has a checksum.
 DATA_FORMAT = 2
 # Stands in for the cluster's id in a directory that is being restored. It is none, so no node starts there.
 UNFINISHED = "unfinished-restore"
-# Names go into file names, engine ids and log lines.
-NAME_BYTES_MAX = 64
-# What consensus's log segments end in, after a number.
-_SEGMENT_SUFFIX = ".wal"
+# What a first start may have left in a directory before it came to `META`; and what a file system makes by itself.
+_BEFORE_META = {"LOCK", "META.tmp", "wal", "state", "lost+found"}
+_SEGMENT = re.compile(r"[0-9]+\.wal")
+_OF_CONSENSUS = {
+    "wal": re.compile(rf"{_SEGMENT.pattern}|next\.tmp"),
+    "state": re.compile(r"CURRENT(\.tmp)?|(state|checkpoint)-[0-9]+"),
+}
 
 
 def cluster_id(names: Iterable[str], token: str) -> str:
@@ -40,8 +45,8 @@ def cluster_id(names: Iterable[str], token: str) -> str:
 
 def check_name(name: str) -> str:
     """Raises `StartupError`: a name is 1 to 64 of `a-z A-Z 0-9 . _ -`."""
-    if not 0 < len(name) <= NAME_BYTES_MAX or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
-        raise StartupError(f"{name!r} is no node name: use 1 to {NAME_BYTES_MAX} of letters, digits, '.', '_', '-'")
+    if not is_node_name(name):
+        raise StartupError(f"{name!r} is no node name: use 1 to 64 of letters, digits, '.', '_', '-'")
     return name
 
 
@@ -95,14 +100,61 @@ def _checksum(name: str, cluster_id: str) -> str:
     return f"{google_crc32c.value(f'{DATA_FORMAT} {name} {cluster_id}'.encode()):08x}"
 
 
+def read_meta(files: Files, path: str) -> Meta:
+    """Whose directory it is, by its `META`. Raises `StartupError`: `data_format_newer`, `state_damaged`."""
+    meta_path = f"{path}/META"
+    try:
+        raw = files.read(meta_path)
+        found = msgspec.json.decode(raw, type=dict[str, str | int]).get("format")
+        if isinstance(found, int) and found > DATA_FORMAT:
+            raise StartupError(
+                f"{path} was written by a newer version (format {found}; this one knows {DATA_FORMAT}): "
+                "start it with that version or a later one",
+                code="data_format_newer",
+            )
+        meta = msgspec.json.decode(raw, type=Meta)
+        if not meta.is_whole:
+            raise ValueError("its checksum is wrong")
+        return meta
+    except (OSError, ValueError) as error:
+        raise StartupError(
+            f"{meta_path} cannot be read ({error}): restore it from a backup, or remove this node from the "
+            "cluster and join it anew with an empty directory",
+            code="state_damaged",
+        ) from error
+
+
+def meta_of(files: Files, path: str) -> Meta | None:
+    """As `read_meta`; None where it is not recorded yet."""
+    return read_meta(files, path) if files.exists(f"{path}/META") else None
+
+
+def _strangers(files: Files, path: str) -> list[str]:
+    """What no node of ours has put into a directory that is nobody's yet."""
+    if files.exists(f"{path}/META"):
+        return []
+    found = [name for name in files.list_dir(path) if name not in _BEFORE_META]
+    for part, known in _OF_CONSENSUS.items():
+        found += [f"{part}/{name}" for name in files.list_dir(f"{path}/{part}") if not known.fullmatch(name)]
+    return found
+
+
 class DataDirectory:
     """A node's data directory, locked while it is open."""
 
     def __init__(self, files: Files, path: str) -> None:
-        """Creates the directory where it is missing, and locks it. Raises `StartupError(data_dir_in_use)`."""
+        """Creates the directory where it is missing, and locks it. Raises `StartupError`: `data_dir_in_use`;
+        `data_dir_not_empty`, and nothing was changed, where it is no node's and there is something in it."""
         self._files = files
         self._meta_path = f"{path}/META"
         try:
+            strangers = _strangers(files, path)
+            if strangers:
+                raise StartupError(
+                    f"{path} is no node's data directory, and is not empty ({', '.join(strangers[:4])}): give a "
+                    "directory that is new or empty; nothing was changed",
+                    code="data_dir_not_empty",
+                )
             # Else power loss may take all of it; also what a process that was killed made and did not come to sync.
             # (The parent may be one that this process may not open, where somebody else made the directory for it.)
             missing: list[str] = []
@@ -127,33 +179,15 @@ class DataDirectory:
         self._release: Callable[[], None] | None = release
 
     def meta(self) -> Meta:
-        """Whose directory it is. Raises `StartupError`: `data_format_newer`, `state_damaged`."""
-        try:
-            raw = self._files.read(self._meta_path)
-            found = msgspec.json.decode(raw, type=dict[str, str | int]).get("format")
-            if isinstance(found, int) and found > DATA_FORMAT:
-                raise StartupError(
-                    f"{self.path} was written by a newer version (format {found}; this one knows {DATA_FORMAT}): "
-                    "start it with that version or a later one",
-                    code="data_format_newer",
-                )
-            meta = msgspec.json.decode(raw, type=Meta)
-            if not meta.is_whole:
-                raise ValueError("its checksum is wrong")
-            return meta
-        except (OSError, ValueError) as error:
-            raise StartupError(
-                f"{self._meta_path} cannot be read ({error}): restore it from a backup, or remove this node from the "
-                "cluster and join it anew with an empty directory",
-                code="state_damaged",
-            ) from error
+        """As `read_meta`."""
+        return read_meta(self._files, self.path)
 
     def belongs_to(self, name: str) -> str:
         """The cluster id that the directory records; empty where it is new. Raises `StartupError`:
         `data_format_newer`, `data_dir_mismatch` (another node's), `state_damaged`."""
-        if not self._files.exists(self._meta_path):
+        meta = meta_of(self._files, self.path)
+        if meta is None:
             return ""
-        meta = self.meta()
         if meta.name != name:
             raise StartupError(
                 f"{self.path} belongs to node {meta.name}, not {name}: give each node a directory of its own",
@@ -182,7 +216,7 @@ class DataDirectory:
                 code="data_dir_mismatch",
             )
         names = self._files.list_dir(f"{self.path}/wal")
-        if not any(name.endswith(_SEGMENT_SUFFIX) and name[: -len(_SEGMENT_SUFFIX)].isdecimal() for name in names):
+        if not any(_SEGMENT.fullmatch(name) for name in names):
             raise StartupError(
                 f"the log is missing: there is no segment in {self.path}/wal, and what this node acknowledged was in "
                 "it. Put it back where it was moved, or restore the whole directory from a backup; else remove this "

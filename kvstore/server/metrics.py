@@ -19,6 +19,8 @@ class Observed(Protocol):
 
     def status(self) -> model.NodeStatus: ...
 
+    def why_not_serving(self) -> str: ...
+
     @property
     def leader_changes(self) -> int: ...
 
@@ -98,7 +100,7 @@ class NodeCollector:
 def _door(stats: NativeStats) -> Iterator[Any]:
     yield _gauge("kvstore_connections", "Open connections of clients.", stats.connections)
     yield _counter("kvstore_connections_accepted", "Connections that were accepted.", stats.accepted)
-    yield _counter("kvstore_connections_throttled", "Pauses of connections that sent more than their rate.",
+    yield _counter("kvstore_connections_throttled", "How often a connection came to send more than its rate.",
                    stats.throttled)  # fmt: skip
     yield _counter("kvstore_connections_closed_slow", "Connections closed because they read too little.",
                    stats.closed_slow)  # fmt: skip

@@ -8,8 +8,8 @@ Rules
 - Every buffer is bounded. A connection with `IN_FLIGHT_MAX` requests or `IN_FLIGHT_BYTES_MAX` of them unanswered is
   not read; neither is one whose answers pile up, nor any while the node is under pressure. One that leaves
   `UNREAD_BYTES_MAX` unread, or reads nothing for `STUCK_S`, is closed.
-- A connection that sends more than its rate, where one is set, is not read until its requests are within it again; none
-  is refused for it.
+- Where a rate is set, what a connection sends beyond it is read, and waits here for its turn (`Throttle`): so signs of
+  life overtake the rest, and its client is answered all the time. What has waited too long is refused as `overloaded`.
 - No task and no future per request.
 
 It translates and counts; what a request means is the node's to know (`Handler`). TLS and authentication are to come
@@ -31,6 +31,7 @@ from kvstore.errors import Refused, Unavailable
 from kvstore.seldom import SeldomLog
 from kvstore.server.failures import shutting_down
 from kvstore.server.ports import Gate, Log, Reply
+from kvstore.server.throttle import HOLD_S, Throttle, is_sign_of_life
 
 # Some 50 KiB each, idle; beyond it descriptors run out before memory does.
 CONNECTIONS_MAX = 10_000
@@ -45,6 +46,8 @@ HELLO_S = 10.0
 _SWEEP_S = 1.0
 # How long a closing door waits for its last answers to be taken.
 _LINGER_S = 1.0
+# Requests that waited too long for their turn and are refused in one go: a millisecond or two.
+_LATE_AT_ONCE = 256
 
 
 class Handler(Protocol):
@@ -57,7 +60,8 @@ class Handler(Protocol):
 
 class NativeStats(Struct, frozen=True):
     """Counted since start. `junk` is closed connections by the code of what was wrong; `answered` is requests by kind
-    and outcome: ok, refused, or the code of a failure; `throttled` is pauses for the rate."""
+    and outcome: ok, refused, or the code of a failure; `throttled` is how often a connection came to send more than its
+    rate."""
 
     connections: int
     accepted: int
@@ -129,6 +133,7 @@ class NativeDoor:
             self._listener.close()
         for connection in tuple(self._connections):
             connection.update_reading()
+            connection.give_up_waiting(shutting_down())
 
     def close(self, on_empty: Callable[[], None]) -> None:
         """Close every connection once it has taken its answers, or after a second. Then `on_empty()`."""
@@ -221,9 +226,8 @@ class _Connection(asyncio.Protocol):
         "_send_paused",
         "_sizes",
         "_throttle",
-        "_tokens",
-        "_tokens_at",
         "_transport",
+        "_turn",
         "_unread_bytes",
     )
 
@@ -245,10 +249,8 @@ class _Connection(asyncio.Protocol):
         self._unread_bytes = 0
         self._postponed: deque[Callable[[], object]] = deque()
         self._progress_at = door.now()
-        # A bucket of one second's requests, full at first; below 0 nothing is read until it is not.
-        self._tokens = float(door.rate)
-        self._tokens_at = self._progress_at
-        self._throttle: Timer | None = None
+        self._throttle = Throttle(door.rate, self._progress_at) if door.rate else None
+        self._turn: Timer | None = None  # set while somebody waits for it
 
     # --- asyncio.Protocol ---------------------------------------------------------------------------------------------
 
@@ -264,8 +266,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
         self._transport = None
-        if self._throttle is not None:
-            self._throttle.cancel()
+        if self._turn is not None:
+            self._turn.cancel()
         self._out.clear()
         self._postponed.clear()
         self._door.lost(self)
@@ -273,17 +275,16 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        count = 0
+        if self._throttle is not None:
+            self._line_up(self._throttle, data)
+            return
         try:
             for body in self._reader.feed(data):
-                count += 1
                 if not self._receive(body):
                     return
         except Refused as error:
             self._refuse(error)
             return
-        if self._door.rate:
-            self._spend(count)
         if self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX:
             self.update_reading()
 
@@ -413,21 +414,75 @@ class _Connection(asyncio.Protocol):
         if not self._reading:
             self.update_reading()
 
-    # --- its rate ---------------------------------------------------------------------------------------------------
+    # --- its rate, where one is set -----------------------------------------------------------------------------------
 
-    def _spend(self, count: int) -> None:
-        """What one read brought may overdraw; the next read waits until that is made up."""
-        now, rate = self._door.now(), self._door.rate
-        self._tokens = min(float(rate), self._tokens + (now - self._tokens_at) * rate) - count
-        self._tokens_at = now
-        if self._tokens < 0 and self._throttle is None:
-            self._door.throttled += 1
-            self._throttle = self._door.later(-self._tokens / rate, self._within_rate)
+    def _line_up(self, throttle: Throttle, data: bytes) -> None:
+        """All but the first frame, and junk, wait for their turn; which may be now."""
+        now = self._door.now()
+        try:
+            for body in self._reader.feed(data):
+                frame = codec.decode_client_frame(body)
+                if self._greeted and frame.id > 0:
+                    throttle.add(body, is_sign_of_life(frame), now)
+                elif not self._receive(body):
+                    return
+        except Refused as error:
+            self._refuse(error)
+            return
+        if self._turn is None:
+            self._take_turn()
+            if throttle.waiting and self._has_room:
+                self._door.throttled += 1
+        elif throttle.full:
             self.update_reading()
 
-    def _within_rate(self) -> None:
-        self._throttle = None
+    def _take_turn(self) -> None:
+        """Handle whose turn it is, refuse who waited too long, and come back for the rest."""
+        door, throttle = self._door, self._throttle
+        self._turn = None
+        if throttle is None or self._closing:
+            return
+        now = door.now()
+        try:
+            while self._has_room and (body := throttle.next(now)) is not None:
+                self._receive(body)
+            for _ in range(_LATE_AT_ONCE):
+                if (body := throttle.late(now)) is None:
+                    break
+                message = f"waited {HOLD_S:g} s for its turn; a connection has {door.rate} requests a second here"
+                self._give_up(body, Unavailable(message, code="overloaded"))
+        except Refused as error:
+            self._refuse(error)
+            return
+        if throttle.waiting:
+            self._turn = door.later(throttle.turn_in_s(now), self._take_turn)
         self.update_reading()
+
+    def give_up_waiting(self, error: Unavailable) -> None:
+        """Refuse all that wait for their turn: it will not come."""
+        if self._throttle is not None and not self._closing:
+            for body in self._throttle.leave():
+                self._give_up(body, error)
+
+    def _give_up(self, body: bytes, error: Unavailable) -> None:
+        frame = codec.decode_client_frame(body)
+        if isinstance(frame, (codec.WatchCredit, codec.WatchCancel)):
+            self._receive(body)  # without an answer there is no refusal, and a watch would miss it
+            return
+        kind = {codec.Write: "write", codec.Read: "read"}.get(type(frame), "other")
+        self._door.answered[kind, error.code] += 1
+        self._send(codec.Failure(frame.id, error.code, error.message))
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more of its requests may be under way."""
+        return not (
+            self._in_flight >= IN_FLIGHT_MAX
+            or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX
+            or self._send_paused
+            or self._closing
+            or self._door.reads_nothing
+        )
 
     # --- flow, deadlines, the end -------------------------------------------------------------------------------------
 
@@ -436,17 +491,13 @@ class _Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        wanted = not (
-            self._in_flight >= IN_FLIGHT_MAX
-            or self._in_flight_bytes >= IN_FLIGHT_BYTES_MAX
-            or self._send_paused
-            or self._throttle is not None
-            or self._closing
-            or self._door.reads_nothing
-        )
+        wanted = self._has_room and (self._throttle is None or not self._throttle.full)
         if wanted and not self._reading:
             self._reading = True
             transport.resume_reading()
+            if self._turn is not None:  # and what waited for the same reason goes on, too
+                self._turn.cancel()
+                self._turn = self._door.later(0.0, self._take_turn)
         elif not wanted and self._reading:
             self._reading = False
             transport.pause_reading()

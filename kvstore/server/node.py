@@ -177,8 +177,7 @@ class ServerNode:
         """Answer `frame` through `reply`, exactly once. Never raises for anything that an asker may have done."""
         kind = type(frame)
         if not self._running:
-            # A door is open a moment before the directory is claimed; see `start`.
-            reply(self._failure(frame.id, shutting_down() if self._stopped else starting()))
+            reply(self._failure(frame.id, self._not_running()))
         elif kind is codec.Write:
             self._write(cast(codec.Write, frame), reply)
         elif kind is codec.Read:
@@ -221,6 +220,7 @@ class ServerNode:
             alarms=(QUOTA,) if self._quota.exceeded else (),
             size_bytes=machine.size_bytes,
             cluster_version=machine.version,
+            node_id=raft.node_id,
         )
 
     def _write(self, frame: codec.Write, reply: Reply) -> None:
@@ -295,21 +295,27 @@ class ServerNode:
 
         if not raft.is_leader:
             done(not_leading(raft))
+        elif isinstance(frame, (codec.MemberAdd, codec.MemberPromote)) and self._version_may_rise():
+            why = "the leader has first to apply what may raise the cluster's version; try again"
+            done(Unavailable(why, code="membership_busy"))
         elif isinstance(frame, codec.MemberAdd):
             if frame.cluster_id != self.options.cluster_id:
                 message = f"this is cluster {self.options.cluster_id}, the new node is of {frame.cluster_id}"
                 done(Refused(f"{message}; join with this cluster's token", code="wrong_cluster"))
                 return
-            raft.add_learner(
-                model.Member(frame.name, frame.peer_address, frame.client_address, frame.node_id, voter=False), done
-            )
+            new = model.Member(frame.name, frame.peer_address, frame.client_address, frame.node_id, voter=False)
+            raft.add_learner(new, done, version=self.machine.version)
         elif isinstance(frame, codec.MemberPromote):
-            raft.promote(frame.name, done)
+            raft.promote(frame.name, done, version=self.machine.version)
         elif isinstance(frame, codec.MemberRemove):
             raft.remove(frame.name, done, force=frame.force)
         else:
             assert isinstance(frame, codec.TransferLeader), f"no way to handle {type(frame).__name__}"
             raft.transfer(frame.name, done)
+
+    def _version_may_rise(self) -> bool:
+        """True while a leader may not know yet which version its own log demands of a new member."""
+        return self._chores.raises_version or self.machine.applied_term != self._raft.term
 
     # --- what it tells of itself (metrics.Observed) -------------------------------------------------------------------
 
@@ -330,6 +336,10 @@ class ServerNode:
         """All watches, and those that lag."""
         return self._watches.count, self._watches.lagging
 
+    def why_not_serving(self) -> str:
+        """Why every request is refused here; empty while they are taken."""
+        return "" if self._running else self._not_running().message
+
     def state(self) -> dict[str, int | str]:
         return self.machine.describe(False)
 
@@ -340,13 +350,14 @@ class ServerNode:
 
     def _leadership_changed(self, leading: bool) -> None:
         self.leader_changes += 1
-        self._log_clock.forget_own(self.machine.log_time_ms)
+        self._log_clock.observe(self.machine.log_time_ms, self.machine.stamped_index)
+        self._log_clock.forget_own()
         self._batcher.leadership_changed(leading)
 
     def _applied(self) -> None:
         machine, raft = self.machine, self._raft
         if machine.log_time_ms:
-            self._log_clock.observe(machine.log_time_ms)
+            self._log_clock.observe(machine.log_time_ms, machine.stamped_index)
         elif raft.is_leader and machine.applied_term == raft.term:
             self._log_clock.begin()
         self._reads.applied()
@@ -397,7 +408,7 @@ class ServerNode:
 
     def _assemble(self) -> None:
         env, raft = self._env, self._raft
-        self._log_clock = LogClock(env.clock, self.machine.log_time_ms)
+        self._log_clock = LogClock(env.clock, self.machine.log_time_ms, self.machine.stamped_index)
         self._batcher = Batcher(env, raft, self._log_clock, self._failure, self._pressed)
         self._reads = Reads(env, raft, lambda: self.machine, self._failure, self._log_clock.now_ms)
         self._watches = WatchHub(env, raft, lambda: self.machine, self._failure)
@@ -441,6 +452,10 @@ class ServerNode:
             await self._within(DRAIN_S, self.door.close)
         if self.http is not None:
             await self.http.stop()
+
+    def _not_running(self) -> Unavailable:
+        # A door is open a moment before the directory is claimed; see `start`.
+        return shutting_down() if self._stopped else starting()
 
     def _pressed(self, pressed: bool) -> None:
         if self.door is not None:

@@ -5,10 +5,10 @@ Each takes the directory's lock, so that none of it meets a running node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO
 
-import msgspec
 from msgspec import Struct
 
 from kvstore import backup
@@ -19,10 +19,10 @@ from kvstore.raft.fsm import EntryKind
 from kvstore.raft.members import Configuration, newest_configuration
 from kvstore.raft.state_directory import StateDirectory
 from kvstore.raft.wal import Wal
-from kvstore.server.identity import UNFINISHED, DataDirectory, Meta, check_name, cluster_id
+from kvstore.server.identity import UNFINISHED, DataDirectory, Meta, check_name, cluster_id, read_meta
 from kvstore.state.machine import Machine
 from kvstore.state.restore import FIRST_INDEX, FIRST_TERM, Restoring
-from kvstore.state.storage import OpenStorage
+from kvstore.state.storage import OpenStorage, Storage
 
 # --- restoring --------------------------------------------------------------------------------------------------------
 
@@ -80,27 +80,27 @@ def restore(
 
 
 def _check_empty(files: Files, data_dir: str) -> None:
-    found = [entry for entry in files.list_dir(data_dir) if entry != "LOCK"]
-    if not found:
+    found = [entry for entry in files.list_dir(data_dir) if entry not in ("LOCK", "lost+found")]
+    if set(found) <= {"META.tmp"}:  # it is nothing yet, and is overwritten
         return
-    if _is_unfinished(files, data_dir) and set(found) <= {"META", "META.tmp", "state"}:
-        raise StartupError(
-            f"{data_dir} holds what a restore left that was interrupted: remove {' and '.join(found)} from it, and "
-            "repeat; nothing was changed",
-            code="data_dir_not_empty",
+    meta, what = _whose(files, data_dir), " and ".join(found)
+    if meta is None or not set(found) <= {"META", "META.tmp", "state", "wal"}:
+        why = f"is not empty ({', '.join(found[:4])}): restore into a new directory"
+    elif meta.cluster_id == UNFINISHED:
+        why = f"holds what a restore left that was interrupted: remove {what} from it, and repeat"
+    else:
+        why = (
+            f"holds the data of node {meta.name} of cluster {meta.cluster_id}: if a restore that was killed left it "
+            f"there, and no node has run on it, remove {what} from it, and repeat; else restore into a new directory"
         )
-    raise StartupError(
-        f"{data_dir} is not empty ({', '.join(found[:4])}): restore into a new directory; nothing was changed",
-        code="data_dir_not_empty",
-    )
+    raise StartupError(f"{data_dir} {why}; nothing was changed", code="data_dir_not_empty")
 
 
-def _is_unfinished(files: Files, data_dir: str) -> bool:
+def _whose(files: Files, data_dir: str) -> Meta | None:
     try:
-        meta = msgspec.json.decode(files.read(f"{data_dir}/META"), type=Meta)
-    except (OSError, ValueError):
-        return False
-    return meta.is_whole and meta.cluster_id == UNFINISHED
+        return read_meta(files, data_dir)
+    except StartupError:
+        return None
 
 
 def _begin_log(files: Files, data_dir: str, node_id: str) -> None:
@@ -166,6 +166,33 @@ def _fill(
     raise AssertionError("a backup ends with its end")
 
 
+# --- opening what a node left -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(files: Files, open_storage: OpenStorage, data_dir: str) -> Iterator[tuple[Wal, Machine | None]]:
+    """A node's log and state, if a start would take them; the state to be read only. None: there is no state, but the
+    log begins at the first entry, so a start makes it anew. Raises `StartupError`."""
+
+    def to_read(path: str, _read_only: bool = False, /) -> Storage:
+        return open_storage(path, True)
+
+    with ExitStack() as stack:
+        path = StateDirectory(files, f"{data_dir}/state").found()
+        machine = Machine(to_read, path) if path else None
+        if machine is not None:
+            stack.callback(machine.close)
+        wal = Wal.open(files, f"{data_dir}/wal", node_id="")
+        stack.callback(wal.release)
+        wal.check_continues(0 if machine is None else machine.applied_index)
+        yield wal, machine
+
+
+def _applied(machine: Machine | None) -> tuple[bytes, tuple[int, int]]:
+    """The members as the state knows them, and where it ends: term, index."""
+    return (b"", (0, 0)) if machine is None else (machine.members, (machine.applied_term, machine.applied_index))
+
+
 # --- recovering -------------------------------------------------------------------------------------------------------
 
 
@@ -191,13 +218,8 @@ def recover(
     try:
         old_id = directory.belongs_to(name)
         directory.check(name, old_id)
-        machine = Machine(open_storage, StateDirectory(files, f"{data_dir}/state").current())
-        try:
-            applied, applied_at = machine.members, (machine.applied_term, machine.applied_index)
-        finally:
-            machine.close()
-        wal = Wal.open(files, f"{data_dir}/wal", node_id="")
-        try:
+        with _opened(files, open_storage, data_dir) as (wal, machine):
+            applied, applied_at = _applied(machine)
             if applied_at[1] and wal.term_at(applied_at[1]) != applied_at[0]:
                 wal.reset(applied_at[1], applied_at[0])
             configuration, _ = newest_configuration(wal.entries, applied, applied_at, ())
@@ -215,9 +237,8 @@ def recover(
             wal.set_term(wal.term + 1, None)  # whatever its old leader has yet to say is of an older one
             wal.append(bytes([EntryKind.MEMBERS]) + alone.encode(), wal.last_index + 1, wal.term)
             wal.sync()
-            last_index = wal.last_index
-        finally:
             wal.close()
+            last_index = wal.last_index
     finally:
         directory.close()
     lost = tuple(member.name for member in configuration.members if member.name != name)
@@ -229,22 +250,16 @@ def recover(
 
 def inspect(files: Files, open_storage: OpenStorage, data_dir: str, *, digest: bool = False) -> dict[str, Any]:
     """What a data directory holds, as plain data. Changes nothing but that a torn end of the log is cut, as the next
-    start would. Raises `StartupError`."""
+    start would. Raises `StartupError` where that start would."""
     if not files.is_dir(data_dir) or not files.exists(f"{data_dir}/META"):
         raise StartupError(f"there is no node's data in {data_dir}")
     directory = DataDirectory(files, data_dir)
     try:
         meta = directory.meta()
         directory.check(meta.name, meta.cluster_id)  # a log that is missing must not be made anew here
-        machine = Machine(open_storage, StateDirectory(files, f"{data_dir}/state").current())
-        try:
-            state = machine.describe(digest)
-            members = machine.members
-            applied_at = (machine.applied_term, machine.applied_index)
-        finally:
-            machine.close()
-        wal = Wal.open(files, f"{data_dir}/wal", node_id="")
-        try:
+        with _opened(files, open_storage, data_dir) as (wal, machine):
+            state = {"applied_index": 0} if machine is None else machine.describe(digest)
+            members, applied_at = _applied(machine)
             configuration, _ = newest_configuration(wal.entries, members, applied_at, ())
             log = {
                 "node_id": wal.node_id,
@@ -256,8 +271,6 @@ def inspect(files: Files, open_storage: OpenStorage, data_dir: str, *, digest: b
                 "entries_bytes": wal.size_bytes,
                 "segments": [name for name in files.list_dir(f"{data_dir}/wal") if name.endswith(".wal")],
             }
-        finally:
-            wal.close()
     finally:
         directory.close()
     return {

@@ -6,14 +6,14 @@ own. Everything here runs on the node's event loop, one call at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from kvstore import codec, model
 from kvstore.env import Log
 from kvstore.errors import KvError
 from kvstore.meters import Meter
-from kvstore.state.feed import Changed
+from kvstore.state.feed import Changed, LargeRevision, Place
 
 __all__ = ["Done", "Gate", "Log", "Machine", "Proposer", "Raft", "RaftStatus", "Reply"]
 
@@ -119,9 +119,11 @@ class Raft(Proposer, Protocol):
 
     def status(self) -> RaftStatus: ...
 
-    def add_learner(self, member: model.Member, done: Done) -> None: ...
+    def add_learner(self, member: model.Member, done: Done, *, version: int = 0) -> None:
+        """`version`: what it must not be known to lack."""
 
-    def promote(self, name: str, done: Done) -> None: ...
+    def promote(self, name: str, done: Done, *, version: int = 0) -> None:
+        """`version`: what it must understand."""
 
     def remove(self, name: str, done: Done, *, force: bool = False) -> None: ...
 
@@ -148,15 +150,18 @@ class Machine(Protocol):
     def log_time_ms(self) -> int:
         """Log time of the last applied batch; 0 before the first."""
 
+    @property
+    def stamped_index(self) -> int: ...
+
     def read(self, request: model.Read, log_time_ms: int = 0) -> bytes:
         """The encoded result of a read at the applied state; `log_time_ms` is log time as it would be now."""
 
     @property
     def compacted_revision(self) -> int: ...
 
-    def fresh_changes(self, first: int) -> list[Changed] | None: ...
+    def fresh_changes(self, first: int, most: int) -> list[Changed | LargeRevision] | None: ...
 
-    def read_changes(self, first: int, most: int) -> tuple[list[Changed], int]: ...
+    def read_changes(self, place: Place) -> Iterator[Changed]: ...
 
     def event(self, changed: Changed, prev: bool) -> bytes: ...
 
@@ -164,7 +169,9 @@ class Machine(Protocol):
 
     def lease_expiry_due(self, log_time_ms: int) -> bool: ...
 
-    def compaction_due(self) -> int | None: ...
+    def stamp_due(self, log_time_ms: int) -> bool: ...
+
+    def compaction_due(self, log_time_ms: int) -> int | None: ...
 
     def digest(self) -> str: ...
 

@@ -5,9 +5,9 @@
 - **local**: answered at once from this replica, or, where the asker has seen a later revision than we hold, as soon
   as we hold it, within `CATCH_UP_S`.
 
-Serving is sliced: after `SLICE_READS` reads or `SLICE_BYTES` of results the loop gets its turn, so that a burst of
-reads delays no heartbeat. A read whose asker is congested is handed to its gate and served when there is room: a
-barrier that has passed stays passed. What waits is bounded; past it `overloaded`.
+Serving is sliced: after `SLICE_READS` reads, `SLICE_BYTES` of results or `SLICE_S` the loop gets its turn, so that a
+burst of reads delays no heartbeat. A read whose asker is congested is handed to its gate and served when there is
+room: a barrier that has passed stays passed. What waits is bounded; past it `overloaded`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _CATCH_UP_POLL_S = 0.05
 # About 5 ms of work at 5 to 10 us a read, or of copying large results.
 SLICE_READS = 512
 SLICE_BYTES = 4 * 1024 * 1024
+# A count walks over much and returns little. One may take longer than this (see `state/walk.py`); not several.
+SLICE_S = 0.005
 
 
 class Waiting(NamedTuple):
@@ -158,7 +160,8 @@ class Reads:
     def _serve(self) -> None:
         """Answer what is ready, in order, one slice of it."""
         self._serve_due = False
-        ready = self._ready
+        ready, monotonic = self._ready, self._env.clock.monotonic
+        until = monotonic() + SLICE_S
         served_bytes = 0
         for _ in range(min(len(ready), SLICE_READS)):
             read = ready.popleft()
@@ -166,7 +169,7 @@ class Reads:
                 read.gate.postpone(partial(self._answer, read))
                 continue
             served_bytes += self._answer(read)
-            if served_bytes >= SLICE_BYTES:
+            if served_bytes >= SLICE_BYTES or monotonic() >= until:
                 break
         if ready and not self._serve_due:
             self._serve_due = True

@@ -1,12 +1,16 @@
 """The watch hub: who watches what, and how each gets every event once, in order, at its own pace.
 
-A watch is a position in the store's history, and nothing else: no event is kept for it. It is in one of three states:
+A watch is a place in the store's history, and nothing else: no event is kept for it. It is in one of three states:
 
 - **live**: it has everything; what is applied next is matched against all live watches at once, from memory.
 - **behind**: it has room, and history to read. One slice of history at a time is read for the watch that waited
   longest, and matched against all that are behind within it; who has it all goes live.
 - **parked**: it has no room, because its window is used up or its connection is full. It waits for a credit, or in
   line for the connection, and is then behind.
+
+One revision may have tens of thousands of changes. Live watches that it matches fall behind, the others pass over it;
+and a slice of history may end within it. So a watch goes through its changes once, in however many parts it takes them,
+and whatever else the node has to do waits for a slice at most.
 
 So a slow watch costs its place in a dict. It is cut off when the history that it needs next is compacted away
 (`revision_compacted`), and its connection is closed by the door if it reads nothing at all.
@@ -19,7 +23,8 @@ this node stops, or has known no leader for `LEADERLESS_S` and would only preten
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 from itertools import islice
 
@@ -31,7 +36,7 @@ from kvstore.env import Environment, Timer
 from kvstore.errors import KvError, Refused, Unavailable
 from kvstore.server.failures import refusal, shutting_down
 from kvstore.server.ports import Gate, Machine, Raft, Reply
-from kvstore.state.feed import Changed
+from kvstore.state.feed import Changed, LargeRevision, Place, place_of, revision_of
 
 # Each costs about 1 KiB. A client that wants more on one connection wants a prefix; a node with more wants a sibling.
 WATCHES_PER_CONNECTION_MAX = 10_000
@@ -45,8 +50,10 @@ GATHERED_BYTES_MAX = 1024 * 1024
 # How many of those that wait for a connection go on at first: so many full frames are what it has room for. If all of
 # thousands did, all but a few would find it full again, each time. While they leave room, twice as many follow.
 ADMITTED_FIRST = GATHERED_BYTES_MAX // FRAME_BYTES
-# Changes in a slice of history, about: some 5 ms where many of them are asked for.
+# Where a slice of history ends: at so many changes, which take 1 ms where nobody asks for them; or after so long, where
+# many do, or the records before them have to be found. A revision with more changes than that is read from history.
 SLICE_CHANGES = 512
+SLICE_S = 0.002
 # How often each connection hears how far its watches are, so that one whose keys are quiet resumes from a revision
 # that is not compacted; and how often the hub looks for watches to end.
 PROGRESS_S = 1.0
@@ -82,21 +89,19 @@ class _Connection:
 
 
 class _Watch:
-    """Its position: all events below revision `next` are sent, and of that revision's the first `sent`. While it is
-    live, `next` is only a lower bound."""
+    """All its events before `place` are sent. While it is live, that is only a lower bound."""
 
     __slots__ = (
+        "_newest",
         "_pending",
         "_pending_bytes",
-        "_pending_revision",
         "connection",
         "credit",
         "end",
+        "has_part",
         "id",
-        "next",
+        "place",
         "prev",
-        "seen",
-        "sent",
         "serial",
         "start",
         "state",
@@ -114,44 +119,41 @@ class _Watch:
         self.wants_deletes = frame.deletes
         self.credit = frame.window_bytes
         self.state = _State.BEHIND
-        self.next = first
-        self.sent = 0
-        self.seen = 0
+        self.place = place_of(first)
+        self.has_part = False  # of the last revision that it was sent events of
         self.serial = serial
+        self._newest = 0  # the revision of its last event
         self._pending: list[Raw] = []
         self._pending_bytes = 0
-        self._pending_revision = 0
 
     @property
     def has_room(self) -> bool:
         return self.credit > self._pending_bytes and self.connection.has_room
 
-    def is_due(self, revision: int) -> bool:
-        """Count one matching event of `revision`, which is not below `next`; True if it has not been sent."""
-        if revision > self.next:
-            self.next, self.sent, self.seen = revision, 0, 0
-        self.seen += 1
-        return self.seen > self.sent
-
-    def add(self, revision: int, event: bytes) -> None:
+    def add(self, changed: Changed, event: bytes) -> None:
         if self._pending and self._pending_bytes + len(event) > FRAME_BYTES:
-            self.flush(self._pending_revision, more=self._pending_revision == revision)
+            self.flush(changed.place)
         self._pending.append(Raw(event))
         self._pending_bytes += len(event)
         self.connection.gathered_bytes += len(event)
-        self._pending_revision = revision
-        self.sent += 1
+        self._newest = changed.revision
+        self.place = changed.after
 
-    def flush(self, revision: int, *, more: bool = False) -> None:
-        """Send what is pending; with it, everything up to `revision` is sent, unless there is `more` of it."""
-        if not self._pending:
+    def flush(self, place: Place) -> None:
+        """Send what is pending; with it, everything before `place` is sent. Where a revision was sent in part, and
+        nothing more of it matches, an empty frame completes it."""
+        revision = revision_of(place)
+        more = revision == self._newest
+        if not self._pending and (more or not self.has_part):
             return
         size_bytes = self._pending_bytes
+        through = revision if more else revision - 1
         self.credit -= size_bytes
         self.connection.gathered_bytes -= size_bytes
-        self.connection.gate.push(codec.RawWatchEvents(self.id, revision, self._pending, size_bytes, more))
+        self.connection.gate.push(codec.RawWatchEvents(self.id, through, self._pending, size_bytes, more))
         self._pending = []
         self._pending_bytes = 0
+        self.has_part = more
 
 
 class _Index:
@@ -173,6 +175,22 @@ class _Index:
         if self._ranges:
             for interval in sorted(self._ranges.at(key), key=lambda interval: interval.data.serial):
                 yield interval.data
+
+    def matching_any(self, keys: list[bytes]) -> Iterator[_Watch]:
+        """Those that match at least one of very many keys, each once. A few dict lookups per key."""
+        for key in keys:
+            if key in self._keys:
+                yield from tuple(self._keys[key])
+        for length, prefixes in self._prefixes.items():
+            for prefix in dict.fromkeys([key[:length] for key in keys]):
+                if prefix in prefixes:
+                    yield from tuple(prefixes[prefix])
+        if self._ranges:
+            in_order = sorted(keys)
+            for interval in sorted(self._ranges, key=lambda interval: interval.data.serial):
+                at = bisect_left(in_order, interval.begin)
+                if at < len(in_order) and in_order[at] < interval.end:
+                    yield interval.data
 
     def add(self, watch: _Watch) -> None:
         if watch.end is None:
@@ -413,57 +431,75 @@ class WatchHub:
         if revision < first:
             return
         if self._count:
-            changes = machine.fresh_changes(first)
+            changes = machine.fresh_changes(first, SLICE_CHANGES)
             if changes is None:  # a snapshot was installed, or very much was applied at once
                 self._all_fall_behind(first, revision)
             else:
-                self._deliver(changes, _State.LIVE, 0, revision)
+                self._deliver(changes, _State.LIVE, 0)
         self._revision = revision
 
     def _all_fall_behind(self, first: int, newest: int) -> None:
-        """Revisions from `first` to `newest` have to be read from history. (A watch that has just begun may lack only
-        the later ones of them.)"""
+        """Revisions from `first` to `newest` have to be read from history."""
         for connection in self._connections.values():
             for watch in connection.watches.values():
-                if watch.state is _State.LIVE and watch.next <= newest:
-                    watch.next, watch.sent, watch.seen = max(watch.next, first), 0, 0
-                    watch.state = _State.BEHIND
-                    self._behind[watch] = None
+                if watch.state is _State.LIVE and revision_of(watch.place) <= newest:
+                    self._fall_behind(watch, first)
+
+    def _fall_behind(self, watch: _Watch, first: int) -> None:
+        """It has to read from revision `first` on. (If it has just begun, it may lack only a later one.)"""
+        watch.place = max(watch.place, place_of(first))
+        watch.flush(watch.place)
+        watch.state = _State.BEHIND
+        self._behind[watch] = None
         self._schedule()
 
-    def _deliver(self, changes: list[Changed], state: _State, first: int, through: int) -> None:
-        """Send changes to the watches in `state` that they match and that lack nothing below revision `first`.
-        `through` is the last revision that the changes complete."""
+    def _deliver(self, changes: Iterable[Changed | LargeRevision], state: _State, first: Place) -> Place:
+        """Send changes, one at least, to the watches in `state` that they match and that lack nothing before `first`.
+        Returns the place behind them."""
         encode = self._machine().event
         matching = self._index.matching
         touched: dict[_Watch, None] = {}
+        place = first
         for changed in changes:
-            revision, deleted = changed.revision, changed.deleted
+            if isinstance(changed, LargeRevision):
+                self._pass_over(changed)
+                place = place_of(changed.revision + 1)
+                continue
+            here, place = changed.place, changed.after
             encoded: dict[bool, bytes] = {}
             for watch in matching(changed.key):
-                if watch.state is not state or not first <= watch.next <= revision:
+                if watch.state is not state or not first <= watch.place <= here:
                     continue
-                if not (watch.wants_deletes if deleted else watch.wants_puts) or not watch.is_due(revision):
+                if not (watch.wants_deletes if changed.deleted else watch.wants_puts):
                     continue
                 if not watch.has_room:
-                    self._park(watch)
+                    self._park(watch, here)
                     continue
                 event = encoded.get(watch.prev)
                 if event is None:
                     event = encoded[watch.prev] = encode(changed, watch.prev)
-                watch.add(revision, event)
+                watch.add(changed, event)
                 touched[watch] = None
+        assert place > first, f"there is nothing from {first} on"
         for watch in touched:
             if watch.state is state:
-                watch.flush(through)
+                watch.flush(place)
+        return place
+
+    def _pass_over(self, large: LargeRevision) -> None:
+        """Live watches that it matches read it from history; the others are done with it."""
+        for watch in self._index.matching_any(large.keys):
+            if watch.state is _State.LIVE and revision_of(watch.place) <= large.revision:
+                self._fall_behind(watch, large.revision)
 
     # --- room ---------------------------------------------------------------------------------------------------------
 
-    def _park(self, watch: _Watch) -> None:
-        """Its next event finds no room: send what was gathered before, and wait."""
+    def _park(self, watch: _Watch, place: Place) -> None:
+        """Its next event, at `place`, finds no room: send what was gathered before, and wait."""
         watch.state = _State.PARKED
+        watch.place = place
         self._behind.pop(watch, None)
-        watch.flush(watch.next if watch.sent else watch.next - 1, more=watch.sent > 0)
+        watch.flush(place)
         if watch.credit > 0:
             watch.connection.line[watch] = None
             self._wait_for_room(watch.connection)
@@ -495,7 +531,6 @@ class WatchHub:
         for watch in tuple(islice(connection.line, connection.admits)):
             del connection.line[watch]
             watch.state = _State.BEHIND
-            watch.seen = 0
             self._behind[watch] = None
         self._schedule()
         connection.waits_for_room = bool(connection.line)
@@ -521,32 +556,45 @@ class WatchHub:
         if not self._behind:
             return
         machine = self._machine()
-        first = next(iter(self._behind)).next
-        if first <= machine.compacted_revision:
+        watch = next(iter(self._behind))
+        first = watch.place
+        if revision_of(first) <= machine.compacted_revision:
             self._end_compacted()
-        elif first <= self._revision:
+        elif revision_of(first) <= self._revision:
             try:
-                changes, through = machine.read_changes(first, SLICE_CHANGES)
-                self._deliver(changes, _State.BEHIND, first, through)
+                place = self._deliver(self._slice(watch, machine.read_changes(first)), _State.BEHIND, first)
             except OSError as error:  # the disk
                 self._end_all(Unavailable(f"this node cannot read: {error}", code="storage_failed"))
                 return
-            self._advance(first, through)
+            self._advance(first, place)
         else:
-            self._advance(first, first - 1)
+            self._advance(first, first)
         self._schedule()
 
-    def _advance(self, first: int, through: int) -> None:
-        """Those that were within a slice have it; who has everything goes live, the others go to the end of the
-        line."""
+    def _slice(self, watch: _Watch, changes: Iterator[Changed]) -> Iterator[Changed]:
+        """The first of these, as long as the watch has room, and of nothing that live watches have yet to get."""
+        now = self._env.clock.monotonic
+        until = now() + SLICE_S
+        for changed in islice(changes, SLICE_CHANGES):
+            if changed.revision > self._revision:
+                return
+            yield changed
+            if watch.state is not _State.BEHIND or now() >= until:
+                return
+
+    def _advance(self, first: Place, place: Place) -> None:
+        """Those that were within the slice from `first` to `place` have it; who has everything goes live, the others go
+        to the end of the line."""
         for watch in tuple(self._behind):
-            if watch.next < first:
+            if watch.place < first:
                 continue
-            if watch.next <= through:
-                watch.next, watch.sent, watch.seen = through + 1, 0, 0
+            if watch.place <= place:
+                watch.place = place
+                if watch.has_part:
+                    watch.flush(place)
                 del self._behind[watch]
                 self._behind[watch] = None
-            if watch.next > self._revision:
+            if revision_of(watch.place) > self._revision:
                 watch.state = _State.LIVE
                 del self._behind[watch]
 
@@ -578,8 +626,9 @@ class WatchHub:
         oldest = self._machine().compacted_revision
         for connection in tuple(self._connections.values()):
             for watch in tuple(connection.watches.values()):
-                if watch.state is not _State.LIVE and watch.next <= oldest:
-                    self._end(watch, _compacted(watch.next, oldest))
+                next_revision = revision_of(watch.place)
+                if watch.state is not _State.LIVE and next_revision <= oldest:
+                    self._end(watch, _compacted(next_revision, oldest))
 
 
 def _id_taken(watch_id: int) -> Refused:

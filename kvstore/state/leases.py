@@ -10,12 +10,13 @@ shortens nor resets it, and a cluster that was down for a while shortens none.
 - A record has one lease at most. A `Put` sets it (or none), an `Add` keeps it.
 - What a batch does to leases lies in its `LeaseChanges`, and in `Leases` only once the storage has taken the batch.
 
-Bounded: `LEASES_MAX` leases, `model.LEASE_KEYS_MAX` records each (they are all deleted in one entry).
+Bounded: `LEASES_MAX` leases, `model.LEASE_KEYS_MAX` records and `model.LEASE_BYTES_MAX` each (they are all deleted in
+one entry).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from msgspec import Struct
 
@@ -50,12 +51,14 @@ _Keys = dict[bytes, None]
 
 
 class Lease(Struct, gc=False):
-    """`keys` are those of its records, in the order in which they were put under it."""
+    """`keys` are those of its records, in the order in which they were put under it. `size_bytes` is what the records
+    have together, with their keys; -1 where nobody had to know since the node started."""
 
     id: int
     ttl_ms: int
     deadline_ms: int
     keys: _Keys
+    size_bytes: int = -1
 
 
 class Leases:
@@ -164,13 +167,27 @@ class LeaseChanges:
                 code="lease_full",
             )
 
+    def check_bytes(self, lease_id: int, more_bytes: int, get: Callable[[bytes], bytes | None]) -> None:
+        """May its records have so much more? `get` gives a packed record: the first time after a start it reads them
+        all. Raises `Refused(lease_full)`."""
+        if more_bytes <= 0:
+            return
+        if self.need(lease_id).size_bytes < 0:
+            lease = self._own(lease_id)
+            lease.size_bytes = sum(len(key) + len(get(key) or b"") for key in lease.keys)
+        if self.need(lease_id).size_bytes + more_bytes > model.LEASE_BYTES_MAX:
+            raise Refused(
+                f"lease {lease_id} would have more than {model.LEASE_BYTES_MAX} bytes of records; use another one",
+                code="lease_full",
+            )
+
     def grant(self, lease_id: int, ttl_ms: int, now_ms: int) -> None:
         """Raises `Refused`: `lease_exists`, `too_many_leases`."""
         if self.find(lease_id) is not None:
             raise Refused(f"there is a lease {lease_id} already", code="lease_exists")
         if self.count >= LEASES_MAX:
             raise Refused(f"there are {LEASES_MAX} leases; let some expire first", code="too_many_leases")
-        self.changed[lease_id] = Lease(lease_id, ttl_ms, now_ms + ttl_ms, {})
+        self.changed[lease_id] = Lease(lease_id, ttl_ms, now_ms + ttl_ms, {}, 0)
         self._own_keys.add(lease_id)
         self.granted.add(lease_id)
         self.count += 1
@@ -178,7 +195,7 @@ class LeaseChanges:
     def keep(self, lease_id: int, now_ms: int) -> Lease:
         """Raises `Refused(lease_not_found)`."""
         lease = self.need(lease_id)
-        kept = Lease(lease_id, lease.ttl_ms, now_ms + lease.ttl_ms, lease.keys)
+        kept = Lease(lease_id, lease.ttl_ms, now_ms + lease.ttl_ms, lease.keys, lease.size_bytes)
         self.changed[lease_id] = kept
         return kept
 
@@ -189,28 +206,44 @@ class LeaseChanges:
         self.count -= 1
 
     def written(self, key: bytes, record: bytes | None, before: bytes | None) -> None:
-        """A record was written, or deleted: is it under another lease now?"""
+        """A record was written, or deleted: is it under another lease now, or larger?"""
         old = NO_LEASE if before is None else before[RECORD_LEASE]
         new = NO_LEASE if record is None else record[RECORD_LEASE]
         if old == new:
+            if record is not None and before is not None and new != NO_LEASE and len(record) != len(before):
+                lease = self._own(int.from_bytes(new, "big"))
+                if lease.size_bytes >= 0:
+                    lease.size_bytes += len(record) - len(before)
             return
         if old != NO_LEASE:
-            lease_id = int.from_bytes(old, "big")
-            del self._keys_of(lease_id)[key]
-            self._attached[lease_id, key] = False
+            assert before is not None
+            self._attach(int.from_bytes(old, "big"), key, -len(key) - len(before))
         if new != NO_LEASE:
-            lease_id = int.from_bytes(new, "big")
-            self._keys_of(lease_id)[key] = None
-            self._attached[lease_id, key] = True
+            assert record is not None
+            self._attach(int.from_bytes(new, "big"), key, len(key) + len(record))
 
-    def _keys_of(self, lease_id: int) -> _Keys:
-        """Its keys, to be changed."""
-        lease = self.need(lease_id)
+    def _attach(self, lease_id: int, key: bytes, more_bytes: int) -> None:
+        """A record comes under a lease, or leaves it, with so many bytes (below 0: it leaves)."""
+        lease = self._own(lease_id)
         if lease_id not in self._own_keys:
             self._own_keys.add(lease_id)
-            lease = Lease(lease_id, lease.ttl_ms, lease.deadline_ms, dict(lease.keys))
+            lease.keys = dict(lease.keys)
+        if more_bytes > 0:
+            lease.keys[key] = None
+        else:
+            del lease.keys[key]
+        if lease.size_bytes >= 0:
+            lease.size_bytes += more_bytes
+        self._attached[lease_id, key] = more_bytes > 0
+
+    def _own(self, lease_id: int) -> Lease:
+        """A lease, to be changed; but its keys only where they are in `_own_keys`."""
+        lease = self.changed.get(lease_id)
+        if lease is None:
+            lease = self.need(lease_id)
+            lease = Lease(lease_id, lease.ttl_ms, lease.deadline_ms, lease.keys, lease.size_bytes)
             self.changed[lease_id] = lease
-        return lease.keys
+        return lease
 
     def prepare(self, batch: Batch) -> None:
         """Put all of it into the storage batch."""
@@ -226,6 +259,35 @@ class LeaseChanges:
                 batch.put(name, b"")
             else:
                 batch.delete(name)
+
+
+class LeaseMoves:
+    """What the writes of one request do to leases, before the view learns of them."""
+
+    __slots__ = ("_changes", "_get", "_moved")
+
+    def __init__(self, changes: LeaseChanges, get: Callable[[bytes], bytes | None]) -> None:
+        """`get` gives a packed record as it is before the request."""
+        self._changes = changes
+        self._get = get
+        self._moved: dict[int, tuple[int, int]] = {}  # lease -> how many records more it has, and bytes
+
+    def write(self, key: bytes, before: bytes | None, lease: int, size_bytes: int) -> None:
+        """A record, `before` until now, will be under a lease (0: none, also where it is deleted) and have so many
+        bytes, packed. Raises `Refused`: `lease_not_found`, `lease_full`."""
+        left = 0 if before is None else int.from_bytes(before[RECORD_LEASE], "big")
+        if left and before is not None:
+            self._move(left, -1, -len(key) - len(before))
+        if lease:
+            records, more_bytes = self._move(lease, 1, len(key) + size_bytes)
+            if lease != left:
+                self._changes.check_room(lease, records)
+            self._changes.check_bytes(lease, more_bytes, self._get)
+
+    def _move(self, lease: int, records: int, size_bytes: int) -> tuple[int, int]:
+        known_records, known_bytes = self._moved.get(lease, (0, 0))
+        moved = self._moved[lease] = known_records + records, known_bytes + size_bytes
+        return moved
 
 
 def listed(storage: Storage, request: model.ListLeases) -> model.LeaseList:

@@ -5,6 +5,7 @@ Rules:
   that applied the same entries has the same logical state (`digest`), whatever it flushed, compacted or restarted.
 - What a request did wrong is its result (`ErrorResult`). An exception from `apply` means a bug, a damaged or newer
   entry, or a failing disk: nothing of the entry is in the state that reads see, and no further entry is taken.
+- An entry is judged by the rules of its own version, whatever the cluster's is when it is applied.
 - One storage batch for each entry. It also holds the position (applied index, its term and the term before, revisions,
   log time), so data and position never disagree, wherever a crash falls.
 - Log time is the greatest stamp so far. Nothing else here is time.
@@ -17,11 +18,12 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import msgspec
 
 from kvstore import codec, model, versions
-from kvstore.errors import InternalError, Refused, StartupError
+from kvstore.errors import InternalError, Refused, StartupError, Unavailable
 from kvstore.limits import is_read_only
 from kvstore.model import (
     Checkpoint,
@@ -46,12 +48,13 @@ from kvstore.model import (
     Txn,
 )
 from kvstore.state import layout, txn
-from kvstore.state.feed import Changed, Feed
+from kvstore.state.feed import Changed, Feed, LargeRevision, Place
 from kvstore.state.layout import FORMAT, M_EPOCHS, M_FORMAT, M_MEMBERS, M_POSITION, Epoch, Position, check_format
 from kvstore.state.leases import EXPIRED_PER_ENTRY_MAX, EXPIRED_RECORDS_PER_ENTRY_MAX, Leases, listed
 from kvstore.state.mvcc import Overlay, Records, Retention
 from kvstore.state.sessions import POSITION_BITS, TTL_MS, Sessions, expired_answer
 from kvstore.state.storage import OpenStorage, Storage, StorageFailed
+from kvstore.state.txn import HELD_UP
 
 # The kinds of log entries, as `raft` numbers them; a test holds the two equal. `state` does not import `raft`.
 NOOP = 1
@@ -62,6 +65,10 @@ MEMBERS = 17
 FLUSH_REQUESTS = 50_000
 FLUSH_BYTES = 64 * 1024 * 1024
 
+# So much of its time a restart of all nodes, or of the next leader, may add to a lease where nobody writes. An entry in
+# five seconds costs an idle cluster nothing worth naming.
+SILENCE_MS = 5_000
+
 # Answers to one entry, which all lie in memory together, and those under sessions in one stored record. A full entry
 # of ordinary requests has some 100 KiB of them; only requests that ask for large records back come here.
 ANSWERS_BYTES_PER_ENTRY_MAX = 32 * 1024 * 1024
@@ -69,6 +76,8 @@ ANSWERS_BYTES_PER_ENTRY_MAX = 32 * 1024 * 1024
 _OVERLOADED = txn.refused(
     Refused("the answers to the requests sent together with this one are too large; send it again", code="overloaded")
 )
+# So many requests of an entry may find out by themselves that it has done enough; then nobody tries any more.
+HELD_UP_PER_ENTRY_MAX = 256
 _RETENTION = Retention()
 _SESSION_REQUESTS = frozenset({KeepSession, CloseSession})
 _OPERATIONS = frozenset({Put, Delete, Range, model.Add, Txn})
@@ -87,6 +96,7 @@ class Machine:
         "_records",
         "_retention",
         "_sessions",
+        "_stamped_index",
         "_stopped",
         "_storage",
         "_unflushed_bytes",
@@ -122,6 +132,7 @@ class Machine:
         self._records = Records(storage, position, epochs, self._retention)
         self._feed = Feed(storage, self._records)
         self._idle = Overlay(self._records, self._leases, self._version)  # the view of reads between entries
+        self._stamped_index = position.index
         self._unflushed_requests = 0
         self._unflushed_bytes = 0
         self._stopped = ""
@@ -153,6 +164,11 @@ class Machine:
     @property
     def log_time_ms(self) -> int:
         return self._position.log_time_ms
+
+    @property
+    def stamped_index(self) -> int:
+        """The last entry that said what log time is; that of the state as it was opened, before the first."""
+        return self._stamped_index
 
     @property
     def members(self) -> bytes:
@@ -197,18 +213,21 @@ class Machine:
     def _apply_batch(self, index: int, term: int, payload: bytes | memoryview) -> list[bytes]:
         entry = _decode(index, payload)
         log_time_ms = max(self._position.log_time_ms, entry.log_time_ms)
-        view = Overlay(self._records, self._leases, self._version)
+        view = Overlay(self._records, self._leases, self._version, entry.version)
         sessions = self._sessions
         sessions.begin(index, log_time_ms)
         admit, settle, execute = sessions.admit, sessions.settle, txn.execute
         results: list[bytes] = []
         answered = results.append
-        size_bytes = 0
+        size_bytes = held_up = 0
         for item in entry.items:
             request = item.request
             kind = type(request)
             if size_bytes > ANSWERS_BYTES_PER_ENTRY_MAX:
                 answered(_OVERLOADED)  # not executed and not kept: the same request may succeed in a later entry
+                continue
+            if held_up >= HELD_UP_PER_ENTRY_MAX:
+                answered(HELD_UP)
                 continue
             if item.session and kind not in _SESSION_REQUESTS:
                 session = admit(item)
@@ -220,14 +239,21 @@ class Machine:
                     answer = execute(view, request)  # type: ignore[arg-type]
                 else:
                     answer = self._administer(view, len(results), item)
-                settle(session, item, answer)
-            elif kind in _OPERATIONS:
-                answer = execute(view, request)  # type: ignore[arg-type]
+                if answer is HELD_UP:
+                    sessions.send_back(session, item)
+                    held_up += 1
+                else:
+                    settle(session, item, answer)
             else:
-                answer = self._administer(view, len(results), item)
+                if kind in _OPERATIONS:
+                    answer = execute(view, request)  # type: ignore[arg-type]
+                else:
+                    answer = self._administer(view, len(results), item)
+                held_up += answer is HELD_UP
             size_bytes += len(answer)
             answered(answer)
         self._commit(index, term, log_time_ms, view, None)
+        self._stamped_index = index
         self._unflushed_requests += len(results)
         self._unflushed_bytes += 2 * len(payload)  # a value lies in its record, and once more where it was replaced
         return results
@@ -244,6 +270,9 @@ class Machine:
         records, sessions = self._records, self._sessions
         batch = self._storage.batch()
         epochs, records_bytes = records.prepare(view, batch, log_time_ms)
+        replaced_bytes = epochs[-1].size_bytes
+        if epochs[-1].id == records.epochs[-1].id:
+            replaced_bytes -= records.epochs[-1].size_bytes
         view.leases.prepare(batch)
         sessions.end(batch)
         position = Position(
@@ -268,7 +297,7 @@ class Machine:
         self._storage.write(batch)
         records.committed(view, epochs, records_bytes)
         self._leases.committed(view.leases)
-        self._feed.committed(view)
+        self._feed.committed(view, replaced_bytes)
         self._position = position
         self._version = view.version
         if members is not None:
@@ -296,15 +325,20 @@ class Machine:
         if isinstance(request, Compact):
             return _compact(view, request.revision)
         if isinstance(request, model.RaiseVersion):
+            if request.version > versions.VERSION:
+                raise _newer_entry(self._position.index + 1, request.version)
             view.version = max(view.version, request.version)
             return codec.encode_result(DoneResult(view.revision))
         try:
             return codec.encode_result(self._change_leases(view, at, request))
         except Refused as refusal:
             return txn.refused(refusal)
+        except Unavailable:
+            return HELD_UP
 
     def _change_leases(self, view: Overlay, at: int, request: model.Mutation) -> LeaseResult | DoneResult:
         now_ms = self._sessions.now_ms
+        view.walk.next_request()
         if isinstance(request, GrantLease):
             lease_id = request.lease or (self._position.index + 1) << POSITION_BITS | at
             # Taken by a client's own choice, or by a lease of the store that this one was restored from.
@@ -319,11 +353,12 @@ class Machine:
             deleted = txn.end_lease(view, request.lease)
             return DoneResult(view.revision, deleted)
         assert isinstance(request, ExpireLeases)
+        view.walk.begin()  # or nothing is taken from those that are due
         count = deleted = 0
         for lease in self._leases.expired(now_ms, view.leases):
             deleted += txn.end_lease(view, lease.id)
             count += 1
-            if count >= EXPIRED_PER_ENTRY_MAX or deleted >= EXPIRED_RECORDS_PER_ENTRY_MAX:
+            if count >= EXPIRED_PER_ENTRY_MAX or deleted >= EXPIRED_RECORDS_PER_ENTRY_MAX or view.walk.spent:
                 break
         return DoneResult(view.revision, count)
 
@@ -354,14 +389,15 @@ class Machine:
         except Refused as refusal:
             return txn.refused(refusal)
 
-    def fresh_changes(self, first: int) -> list[Changed] | None:
-        """Every change from revision `first` on, in order, or None where memory does not hold them any more."""
-        return self._feed.fresh(first)
+    def fresh_changes(self, first: int, most: int) -> list[Changed | LargeRevision] | None:
+        """Every change from revision `first` on, in order, or None where memory does not hold them any more. Those of
+        a revision that has more than `most` come as one `LargeRevision`."""
+        return self._feed.fresh(first, most)
 
-    def read_changes(self, first: int, most: int) -> tuple[list[Changed], int]:
-        """About `most` changes from revision `first` on, which must lie above `compacted_revision`, and the last
-        revision that they complete. Raises `StorageFailed`."""
-        return self._feed.read(first, most)
+    def read_changes(self, place: Place) -> Iterator[Changed]:
+        """Every change from `place` on, in order; its revision must lie above `compacted_revision`. Each step may raise
+        `StorageFailed`."""
+        return self._feed.read(place)
 
     def event(self, changed: Changed, prev: bool) -> bytes:
         """The encoded `model.Event` of a change. Raises `StorageFailed`."""
@@ -371,13 +407,18 @@ class Machine:
         """True if at `log_time_ms` an ExpireLeases would end a lease. Cheap: ask as often as you like."""
         return self._leases.expiry_due(log_time_ms)
 
+    def stamp_due(self, log_time_ms: int) -> bool:
+        """True if there are leases and for long no entry has said how time goes on: a node that started anew would not
+        know, and they would last longer. Any entry will do."""
+        return log_time_ms - self._position.log_time_ms >= SILENCE_MS and bool(self._leases.by_id)
+
     def expiry_due(self, log_time_ms: int) -> bool:
         """True if at `log_time_ms` an ExpireSessions would end a session. Cheap: ask as often as you like."""
         return self._sessions.expiry_due(log_time_ms)
 
-    def compaction_due(self) -> int | None:
-        """The revision that an automatic Compact should name now, if any. Cheap."""
-        return self._records.compaction_due(self._position.log_time_ms)
+    def compaction_due(self, log_time_ms: int) -> int | None:
+        """The revision that an automatic Compact should name at `log_time_ms`, if any. Cheap."""
+        return self._records.compaction_due(max(log_time_ms, self._position.log_time_ms))
 
     def describe(self, digest: bool) -> dict[str, int | str]:
         """Where it stands, as plain data; with `digest` also what it holds, which takes a walk over everything."""

@@ -15,12 +15,13 @@ Rules:
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from heapq import merge
 from operator import itemgetter
 
 from msgspec import Struct
 
+from kvstore import versions
 from kvstore.state import layout
 from kvstore.state.layout import (
     AFTER_TERMINATOR,
@@ -50,6 +51,7 @@ from kvstore.state.layout import (
 )
 from kvstore.state.leases import LeaseChanges, Leases
 from kvstore.state.storage import Batch, Storage
+from kvstore.state.walk import EachByItself, Pairs, Walk
 
 # Hot records are kept in two generations of this size each; a generation that is full becomes the older one.
 CACHE_GENERATION_BYTES = 32 * 1024 * 1024
@@ -75,7 +77,6 @@ _EPOCHS_KEPT = 16
 # Entries of one key that a range read walks before it seeks instead. A seek costs about as much as eight steps.
 _WALK_MAX = 8
 
-Pairs = Iterator[tuple[bytes, bytes]]
 _key_of = itemgetter(0)
 
 
@@ -278,6 +279,8 @@ class Records:
         ):
             epochs = [*epochs, Epoch(epoch.id + 1, first_revision, log_time_ms)]
             epoch = epochs[-1]
+        # One that was made by a compaction may have waited long for its first batch.
+        started_ms = epoch.started_ms if epoch.batches else log_time_ms
 
         put = batch.put
         replaced = replaced_prefix(epoch.id)
@@ -302,7 +305,7 @@ class Records:
         grown = Epoch(
             epoch.id,
             epoch.first_revision,
-            epoch.started_ms,
+            started_ms,
             epoch.batches + 1,
             epoch.size_bytes + size_bytes + len(encoded),
         )
@@ -358,9 +361,13 @@ class Records:
             self._next_generation()
 
     def compaction_due(self, log_time_ms: int) -> int | None:
-        """The revision that automatic compaction should name now, if any."""
+        """The revision that automatic compaction should name at `log_time_ms`, if any."""
         batches = size_bytes = 0
         retention = self._retention
+        current = self.epochs[-1]
+        # It took its last batch within a sixteenth of the age: where nobody writes any more, it goes as well.
+        if current.batches and current.started_ms + retention.age_ms // _EPOCHS_KEPT + retention.age_ms < log_time_ms:
+            return self.revision if self.revision > self.compacted_revision else None
         keep = len(self.epochs) - 1
         for at in range(len(self.epochs) - 1, -1, -1):
             epoch = self.epochs[at]
@@ -379,7 +386,8 @@ class Records:
 
 
 class Overlay:
-    """One batch at work. `revision` and `compacted_revision` run ahead of what is committed."""
+    """One batch at work. `revision` and `compacted_revision` run ahead of what is committed. `rules` is the version of
+    its entry: requests are judged by what held then. Reads between entries are judged by the newest rules."""
 
     __slots__ = (
         "_base",
@@ -390,15 +398,19 @@ class Overlay:
         "events",
         "leases",
         "revision",
+        "rules",
         "version",
+        "walk",
     )
 
-    def __init__(self, base: Records, leases: Leases, version: int) -> None:
+    def __init__(self, base: Records, leases: Leases, version: int, rules: int | None = None) -> None:
         self._base = base
         self.leases = LeaseChanges(leases)
         self._base_revision = base.revision
         self.revision = base.revision
         self.version = version
+        self.rules = versions.VERSION if rules is None else rules
+        self.walk = (Walk if self.rules >= versions.WITH_BUDGETS else EachByItself)(is_entry=rules is not None)
         self.compacted_revision = base.compacted_revision
         self.changes: dict[bytes, Change] = {}
         self.events: layout.Events = []
@@ -429,7 +441,8 @@ class Overlay:
     def scan(
         self, start: bytes, end: bytes, reverse: bool = False, pending: dict[bytes, bytes | None] | None = None
     ) -> Pairs:
-        """(key, packed record) in `[start, end)`, with `pending` writes, which lie above the overlay's own."""
+        """(key, packed record) in `[start, end)`, with `pending` writes, which lie above the overlay's own. Raises
+        `Refused(range_too_large)` if too much is hidden by what was written."""
         changed: dict[bytes, bytes | None] = {}
         if self.changes:
             if self._sorted is None:
@@ -439,11 +452,15 @@ class Overlay:
             for key in self._sorted[low:high]:
                 changed[key] = self.changes[key].record
         if pending:
+            self.walk.take_written(len(pending))
             for key, record in pending.items():
                 if start <= key and (not end or key < end):
                     changed[key] = record
         base = self._base.scan(start, end, reverse)
-        return _patched(base, changed, reverse) if changed else base
+        if not changed:
+            return base
+        self.walk.take_written(len(changed))
+        return _patched(base, changed, reverse, self.walk)
 
     def get_at(self, key: bytes, revision: int) -> bytes | None:
         if revision <= self._base_revision:
@@ -457,7 +474,7 @@ class Overlay:
         changed = {
             key: record for key, record in self._changed_by(revision).items() if start <= key and (not end or key < end)
         }
-        return _patched(self._base.scan(start, end, reverse), changed, reverse)
+        return _patched(self._base.scan(start, end, reverse), changed, reverse, self.walk)
 
     def _changed_by(self, revision: int) -> dict[bytes, bytes | None]:
         """What this batch had made of each key when it was at `revision`."""
@@ -475,8 +492,9 @@ class Overlay:
         return changed
 
 
-def _patched(base: Pairs, changed: dict[bytes, bytes | None], reverse: bool) -> Pairs:
-    """`base` with `changed` laid over it, both in the same order of keys."""
+def _patched(base: Pairs, changed: dict[bytes, bytes | None], reverse: bool, walk: Walk) -> Pairs:
+    """`base` with `changed` laid over it, both in the same order of keys. What a deletion hides is counted here; the
+    rest, where it is used."""
     keys = sorted(changed, reverse=reverse)
     at, count = 0, len(keys)
     for key, packed in base:
@@ -489,6 +507,8 @@ def _patched(base: Pairs, changed: dict[bytes, bytes | None], reverse: bool) -> 
             record = changed[key]
             if record is not None:
                 yield key, record
+            else:
+                walk.take(1, len(key) + len(packed))
             at += 1
         else:
             yield key, packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvstore import versions
 from kvstore.backup import SavedLease
-from kvstore.model import Record
+from kvstore.model import GrantLease, Record
 from kvstore.state import layout
 from kvstore.state.layout import (
     ATTACHED,
@@ -25,6 +25,7 @@ from kvstore.state.storage import Storage
 # Where the log of a restored store begins: its first entry stands for all that the backup holds. Not at 1, where every
 # empty log begins: a node that joins must be sent a snapshot.
 FIRST_INDEX, FIRST_TERM = 2, 1
+_WITH_LEASES = versions.needed_by(GrantLease(0))
 # What goes into one batch of the storage.
 _BATCH_RECORDS = 1000
 
@@ -36,6 +37,7 @@ class Restoring:
         self._storage = storage
         self._batch = storage.batch()
         self._in_batch = 0
+        self._version = versions.FIRST
 
     def records(self, records: tuple[Record, ...]) -> None:
         put = self._batch.put
@@ -51,17 +53,19 @@ class Restoring:
 
     def leases(self, leases: tuple[SavedLease, ...], log_time_ms: int) -> None:
         for lease in leases:
+            self._version = _WITH_LEASES
             deadline_ms = log_time_ms + lease.remaining_ms
             self._batch.put(LEASE + pack_u64(lease.id), layout.encode(LeaseRecord(FORMAT, lease.ttl_ms, deadline_ms)))
 
     def end(self, revision: int, log_time_ms: int, members: bytes) -> None:
         """Make it a state at `revision`, and durable. `log_time_ms`: when the backup was made; leases go on from
-        there. `members`: the configuration, as consensus encodes it."""
+        there. `members`: the configuration, as consensus encodes it. The cluster's version is what all this needs,
+        whatever this program knows: each member may be restored by another one, and the leader raises it soon."""
         epoch = Epoch(0, revision + 1, log_time_ms)
         position = Position(FORMAT, FIRST_INDEX, FIRST_TERM, 0, revision, revision, log_time_ms, FIRST_INDEX + 1, epoch)
         self._batch.put(M_POSITION, layout.encode(position))
         self._batch.put(M_MEMBERS, members)
-        self._batch.put(M_FORMAT, b"%d" % versions.VERSION)
+        self._batch.put(M_FORMAT, b"%d" % self._version)
         self._write()
         self._storage.flush()
 

@@ -156,6 +156,10 @@ class Sessions:
         session.size_bytes += len(answer)
         self._outcomes += (session.id, seq, item.acked_below, answer)
 
+    def send_back(self, session: Session, item: BatchItem) -> None:
+        """An admitted request was not executed: it may come again."""
+        self._outcomes += (session.id, item.seq, item.acked_below, None)
+
     def open(self, position: int) -> Session | None:
         """A new session; None if there are too many."""
         if len(self.by_id) >= SESSIONS_MAX:

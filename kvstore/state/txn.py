@@ -11,6 +11,7 @@ Rules:
   operation left it.
 - A result holds at most `RESULT_BYTES_MAX` of records, or one record of any size. A Range by itself leaves out what
   does not fit and says so (`more`); anything else is refused.
+- A request walks over so much and replaces so much at most, in all its parts together: see `walk.py`.
 
 Pure: the view is the only thing it touches.
 """
@@ -18,13 +19,12 @@ Pure: the view is the only thing it touches.
 from __future__ import annotations
 
 from bisect import bisect_left
-from heapq import nlargest, nsmallest
-from itertools import chain, islice
+from itertools import chain
 from typing import NamedTuple
 
-from kvstore import codec, model
+from kvstore import codec, model, versions
 from kvstore.backup import RecordsHash
-from kvstore.errors import Refused
+from kvstore.errors import Refused, Unavailable
 from kvstore.model import (
     Add,
     AddResult,
@@ -45,12 +45,17 @@ from kvstore.model import (
     TxnResult,
 )
 from kvstore.state.layout import FORMAT, HEADER_BYTES, pack_header, record_of, unpack_header
-from kvstore.state.mvcc import Overlay, Pairs
+from kvstore.state.leases import LeaseMoves
+from kvstore.state.mvcc import Overlay
+from kvstore.state.walk import LARGE_BYTES, Pairs, Walk, held_up
 
 # What a record takes in a result beside its key and value: four numbers and the lengths, at their longest.
 _RECORD_OVERHEAD_BYTES = 48
 # So many of the smallest records fill a result.
 _RECORDS_MAX = model.RESULT_BYTES_MAX // _RECORD_OVERHEAD_BYTES + 1
+# A sorted range keeps up to so much until it looks what of it can still be in the result.
+_CHOSEN_BYTES = 4 * model.RESULT_BYTES_MAX
+_CHOSEN_RECORDS = 256
 _NUMBER_BYTES_MAX = 20  # "-9223372036854775808"
 
 _encode = codec.encode_result
@@ -58,11 +63,13 @@ Pending = dict[bytes, bytes | None]
 
 
 def execute(view: Overlay, request: Operation) -> bytes:
-    """Run a request against the view and return its encoded result. What it changes is in the view afterwards."""
+    """Run a request against the view and return its encoded result. What it changes is in the view afterwards.
+    `HELD_UP` itself says that it was not executed, as its entry has done enough."""
     kind = type(request)
     try:
         if kind is Put:
             return _encode(_put_alone(view, request))  # type: ignore[arg-type]
+        view.walk.next_request()
         if kind is Txn:
             return _transaction(view, request)  # type: ignore[arg-type]
         if kind is Range:
@@ -74,10 +81,15 @@ def execute(view: Overlay, request: Operation) -> bytes:
         return _encode(result)
     except Refused as refusal:
         return refused(refusal)
+    except Unavailable:
+        return HELD_UP
 
 
-def refused(refusal: Refused) -> bytes:
+def refused(refusal: Refused | Unavailable) -> bytes:
     return _encode(ErrorResult(refusal.code, refusal.message, refusal.operation))
+
+
+HELD_UP = refused(held_up())
 
 
 # --- writes ---------------------------------------------------------------------------------------------------------
@@ -90,10 +102,7 @@ def _next_record(before: bytes | None, value: bytes, revision: int) -> bytes:
     return pack_header(FORMAT, create_revision, revision, version + 1, lease) + value
 
 
-def _put_record(view: Overlay, put: Put, before: bytes | None, revision: int, others: int = 0) -> bytes:
-    """`others`: writes before this one that the view does not know yet."""
-    if put.lease:
-        view.leases.check_room(put.lease, others + 1)
+def _put_record(put: Put, before: bytes | None, revision: int) -> bytes:
     if before is None:
         return pack_header(FORMAT, revision, revision, 1, put.lease) + put.value
     _, create_revision, _, version, _ = unpack_header(before)
@@ -103,23 +112,43 @@ def _put_record(view: Overlay, put: Put, before: bytes | None, revision: int, ot
 def _put_alone(view: Overlay, put: Put) -> PutResult:
     key = put.key
     before = view.get(key)
+    if before is not None and len(before) >= LARGE_BYTES:
+        view.walk.next_request()
+        _count_replaced(view, key, before)
     revision = view.revision + 1
-    view.write(key, _put_record(view, put, before, revision), before, revision)
+    record = _put_record(put, before, revision)
+    if put.lease:
+        if view.rules < versions.WITH_BUDGETS:
+            view.leases.check_room(put.lease, 1)
+        else:
+            LeaseMoves(view.leases, view.get).write(key, before, put.lease, len(record))
+    view.write(key, record, before, revision)
     view.revision = revision
     if put.prev and before is not None:
         return PutResult(revision, record_of(key, before))
     return PutResult(revision)
 
 
+def _count_replaced(view: Overlay, key: bytes, before: bytes) -> None:
+    view.walk.begin()
+    view.walk.note_replaced(1, len(key) + len(before))
+
+
 def end_lease(view: Overlay, lease_id: int) -> int:
     """Delete the records of a lease, in one revision, and the lease. Returns how many there were. Raises
-    `Refused(lease_not_found)`."""
+    `Refused(lease_not_found)`, and `Unavailable(overloaded)` as `Walk.begin` does."""
     keys = sorted(view.leases.need(lease_id).keys)
+    view.walk.begin()
     revision = view.revision + 1
+    size_bytes = 0
     for key in keys:
-        view.write(key, None, view.get(key), revision)
+        before = view.get(key)
+        assert before is not None, f"{key!r} is under lease {lease_id} and is not there"
+        size_bytes += len(key) + len(before)
+        view.write(key, None, before, revision)
     if keys:
         view.revision = revision
+    view.walk.end_lease(len(keys), size_bytes)
     view.leases.end(lease_id)
     return len(keys)
 
@@ -164,7 +193,15 @@ def _transaction(view: Overlay, txn: Txn) -> bytes:
 class _Run:
     """One transaction at work: its writes so far, which the view learns of in `finish`."""
 
-    __slots__ = ("_before", "_record_bytes", "_records", "_revision", "_view", "_writes")
+    __slots__ = (
+        "_before",
+        "_lease_moves",
+        "_record_bytes",
+        "_records",
+        "_revision",
+        "_view",
+        "_writes",
+    )
 
     def __init__(self, view: Overlay) -> None:
         self._view = view
@@ -173,6 +210,8 @@ class _Run:
         self._before: Pending = {}
         self._records = 0
         self._record_bytes = 0
+        # Where there are no leases, no record is under one.
+        self._lease_moves = LeaseMoves(view.leases, view.get) if view.leases.count else None
 
     def transaction(self, txn: Txn) -> TxnResult:
         succeeded = True
@@ -197,7 +236,11 @@ class _Run:
         if kind is Put:
             key = operation.key  # type: ignore[union-attr]
             before = self._before[key] = self._view.get(key)
-            packed = _put_record(self._view, operation, before, self._revision, len(self._writes))  # type: ignore[arg-type]
+            if before is not None and len(before) >= LARGE_BYTES:
+                _count_replaced(self._view, key, before)
+            packed = _put_record(operation, before, self._revision)  # type: ignore[arg-type]
+            if self._lease_moves is not None or operation.lease:  # type: ignore[union-attr]
+                self._put_under(operation.lease, key, before, len(packed))  # type: ignore[union-attr]
             self._writes[key] = packed
             if operation.prev and before is not None:  # type: ignore[union-attr]
                 return PutResult(self._revision, self._taken(key, before))
@@ -205,6 +248,8 @@ class _Run:
         if kind is Add:
             key = operation.key  # type: ignore[union-attr]
             before = self._before[key] = self._view.get(key)
+            if before is not None and len(before) >= LARGE_BYTES:
+                _count_replaced(self._view, key, before)
             number = _sum(operation, before)  # type: ignore[arg-type]
             self._writes[key] = _next_record(before, b"%d" % number, self._revision)
             return AddResult(self._revision, number)
@@ -226,15 +271,30 @@ class _Run:
             before = view.get(delete.start)
             # An earlier delete of this transaction may have been here. (A put may not: it is refused beforehand.)
             pairs = [] if before is None or delete.start in writes else [(delete.start, before)]
+            if before is not None and len(before) >= LARGE_BYTES:
+                _count_replaced(view, delete.start, before)
         else:
-            pairs = list(within_walk(view.scan(delete.start, delete.end, False, writes)))
+            view.walk.begin()
+            pairs = list(view.walk.replacing(view.scan(delete.start, delete.end, False, writes)))
         for key, before in pairs:
+            if self._lease_moves is not None:
+                self._put_under(0, key, before, 0)
             self._before[key] = before
             writes[key] = None
             deleted += 1
             if delete.prev:
                 previous.append(self._taken(key, before))
         return DeleteResult(self._reached(), deleted, tuple(previous))
+
+    def _put_under(self, lease: int, key: bytes, before: bytes | None, size_bytes: int) -> None:
+        """A record, `before` until now, will be under a lease (0: none). Raises `Refused`: `lease_not_found`,
+        `lease_full`."""
+        if self._lease_moves is None or self._view.rules < versions.WITH_BUDGETS:
+            # Each write of the transaction counted as one under this lease, also where the record was under it before.
+            if lease:
+                self._view.leases.check_room(lease, len(self._writes) + 1)
+        else:
+            self._lease_moves.write(key, before, lease, size_bytes)
 
     def _reached(self) -> int:
         return self._revision if self._writes else self._revision - 1
@@ -248,10 +308,7 @@ class _Run:
         self._records += 1
         self._record_bytes += len(record.key) + len(record.value) + _RECORD_OVERHEAD_BYTES
         if self._record_bytes > model.RESULT_BYTES_MAX and self._records > 1:
-            raise Refused(
-                f"the result is over the limit of {model.RESULT_BYTES_MAX} bytes; ask for less at a time",
-                code="result_too_large",
-            )
+            raise _result_too_large()
 
     def finish(self) -> None:
         writes = self._writes
@@ -260,6 +317,13 @@ class _Run:
             for key, record in writes.items():
                 view.write(key, record, before[key], revision)
             view.revision = revision
+
+
+def _result_too_large() -> Refused:
+    return Refused(
+        f"the result is over the limit of {model.RESULT_BYTES_MAX} bytes; ask for less at a time",
+        code="result_too_large",
+    )
 
 
 def check_written_once(txn: Txn) -> None:
@@ -297,10 +361,10 @@ def _branch_written(branch: tuple[Operation, ...], depth: int) -> _Written:
     for position, operation in enumerate(branch):
         try:
             written = _written_by(operation, depth)
-            for key in written.keys:
-                if key in writer_of:
-                    raise Refused(f"{key!r} is written twice in one transaction", code="duplicate_key")
-                writer_of[key] = position
+            twice = written.keys & writer_of.keys()
+            if twice:  # the words are part of the state, and the order of a set is another one in each process
+                raise Refused(f"{min(twice)!r} is written twice in one transaction", code="duplicate_key")
+            writer_of.update(dict.fromkeys(written.keys, position))
         except Refused as refusal:
             refusal.operation = (position, *refusal.operation)
             raise
@@ -339,15 +403,24 @@ def holds(view: Overlay, compare: Compare) -> bool:
         raise Refused("a compare on VALUE takes bytes, any other a number", code="invalid_request")
     if compare.end is None:
         packed = view.get(compare.key)
+        _count_read(view, compare.key, packed)
         if target is Target.COUNT:
             return _related(0 if packed is None else 1, operand, compare.relation)
         if packed is None:
             return target is not Target.VALUE and _related(0, operand, compare.relation)
         return _related(_aspect(packed, target), operand, compare.relation)
-    pairs = within_walk(view.scan(compare.key, compare.end))
+    view.walk.begin()
+    pairs = view.walk.over(view.scan(compare.key, compare.end))
     if target is Target.COUNT:
         return _related(sum(1 for _ in pairs), operand, compare.relation)
     return all(_related(_aspect(packed, target), operand, compare.relation) for _, packed in pairs)
+
+
+def _count_read(view: Overlay, key: bytes, packed: bytes | None) -> None:
+    """A record is read by itself."""
+    if packed is not None and len(packed) >= LARGE_BYTES:
+        view.walk.begin()
+        view.walk.take(1, len(key) + len(packed))
 
 
 def _aspect(packed: bytes, target: Target) -> bytes | int | None:
@@ -440,81 +513,147 @@ def read_range(view: Overlay, request: Range, pending: Pending | None) -> RangeR
             packed = view.get(start)
         if packed is None:
             return RangeResult(revision, (), 0)
+        _count_read(view, start, packed)
         if request.count_only:
             return RangeResult(revision, (), 1)
         return RangeResult(revision, (record_of(start, packed, request.keys_only),), 1)
-    pairs = view.scan(start, end, request.reverse, pending) if now else view.scan_at(start, end, at, request.reverse)
+    view.walk.begin()
+    if now:
+        pairs = view.scan(start, end, request.reverse, pending)
+    else:
+        if pending is not None:
+            view.walk.take_past_range()
+        pairs = view.scan_at(start, end, at, request.reverse)
     if request.count_only:
-        return _counted(revision, pairs)
+        return _counted(revision, view.walk, pairs, pending is None)
     if request.sort is not SortBy.KEY:
-        return _sorted_range(revision, request, pairs, pending is None)
-    return _page(revision, request, pairs, pending is None)
+        return _sorted_range(revision, request, view.walk, pairs, pending is None)
+    return _page(revision, request, view.walk, pairs, pending is None)
 
 
-def _counted(revision: int, pairs: Pairs) -> RangeResult:
-    count, last = 0, b""
-    for key, _ in pairs:
-        if count == model.WALK_MAX:
+def _counted(revision: int, walk: Walk, pairs: Pairs, may_cut: bool) -> RangeResult:
+    count, size_bytes, last = 0, 0, b""
+    count_max, bytes_max = walk.room_to_count
+    for key, packed in pairs:
+        size_bytes += len(key) + len(packed)
+        if count == count_max or size_bytes > bytes_max:
+            if not count or not (may_cut or walk.is_each_by_itself):
+                raise walk.too_far(count + 1, size_bytes)
+            walk.take(count, min(size_bytes, bytes_max))
             return RangeResult(revision, (Record(last, b"", 0, 0, 0),), count, True)
         count += 1
         last = key
+    walk.take(count, size_bytes)
     return RangeResult(revision, (), count)
 
 
-def within_walk(pairs: Pairs) -> Pairs:
-    """The pairs, all of which some operation must see. Raises `Refused(range_too_large)` past `WALK_MAX`."""
-    for walked, pair in enumerate(pairs):
-        if walked == model.WALK_MAX:
-            raise Refused(
-                f"there are more than {model.WALK_MAX} records in this range; do it in parts", code="range_too_large"
-            )
-        yield pair
+def _page(revision: int, request: Range, walk: Walk, pairs: Pairs, may_cut: bool) -> RangeResult:
+    """The first records of `pairs`. What it walks over is counted once, and not with each of them."""
+    page = _fill(request, pairs, *walk.room)
+    walk.take(len(page.records), page.walked_bytes)
+    if page.next is None:
+        return RangeResult(revision, page.records, len(page.records))
+    if page.is_cut and not (may_cut and page.records):
+        key, packed = page.next
+        walk.take(1, len(key) + len(packed))
+        raise _result_too_large()
+    count = len(page.records) + walk.count_ahead(chain((page.next,), pairs))
+    return RangeResult(revision, page.records, count, True)
 
 
-def _page(revision: int, request: Range, pairs: Pairs, may_cut: bool, counted: int = 0) -> RangeResult:
-    """The first records of `pairs` that the limit and the size allow. `counted`: how many there are, if known."""
+class _Page(NamedTuple):
+    """Records; the bytes that were read for them; the first pair that is not among them; and whether it is not because
+    of the limit that it is not."""
+
+    records: tuple[Record, ...]
+    walked_bytes: int
+    next: tuple[bytes, bytes] | None = None
+    is_cut: bool = False
+
+
+def _fill(request: Range, pairs: Pairs, records_max: int, bytes_max: int) -> _Page:
+    """The first records of `pairs` that the limit, the size of a result and what may be walked over allow."""
     records: list[Record] = []
-    limit = request.limit or -1
-    size_bytes = 0
+    limit, keys_only = request.limit or model.INT64_MAX, request.keys_only
+    most = min(limit, records_max)
+    size_bytes, size_max, walked_bytes = 0, model.RESULT_BYTES_MAX, 0
     for key, packed in pairs:
-        if len(records) == limit:
-            pairs = chain(((key, packed),), pairs)
-            break
-        record = record_of(key, packed, request.keys_only)
+        if len(records) == most:
+            return _Page(tuple(records), walked_bytes, (key, packed), most != limit)
+        record = record_of(key, packed, keys_only)
         size_bytes += len(key) + len(record.value) + _RECORD_OVERHEAD_BYTES
-        if size_bytes > model.RESULT_BYTES_MAX and records:
-            if not may_cut:
-                raise Refused(
-                    f"the result is over the limit of {model.RESULT_BYTES_MAX} bytes; ask for less at a time",
-                    code="result_too_large",
-                )
-            pairs = chain(((key, packed),), pairs)
-            break
+        walked_bytes += len(key) + len(packed)
+        if (size_bytes > size_max or walked_bytes > bytes_max) and records:
+            return _Page(tuple(records), walked_bytes - len(key) - len(packed), (key, packed), True)
         records.append(record)
-    else:
-        return RangeResult(revision, tuple(records), len(records))
-    count = counted or len(records) + sum(1 for _ in islice(pairs, model.COUNT_AHEAD_MAX))
-    return RangeResult(revision, tuple(records), count, True)
+    return _Page(tuple(records), walked_bytes)
 
 
-def _sorted_range(revision: int, request: Range, pairs: Pairs, may_cut: bool) -> RangeResult:
-    """Sorted by something else than the key, ties by key. Holds no more records than a result could."""
+def _sorted_range(revision: int, request: Range, walk: Walk, pairs: Pairs, may_cut: bool) -> RangeResult:
+    """Sorted by something else than the key, ties by key. Walks over all of it, and keeps little more than what a
+    result can hold (sorted by the value, and without it in the result, up to all that it walks over)."""
     target = {
         SortBy.VERSION: Target.VERSION,
         SortBy.CREATE_REVISION: Target.CREATE_REVISION,
         SortBy.MOD_REVISION: Target.MOD_REVISION,
         SortBy.VALUE: Target.VALUE,
     }[request.sort]
+    chosen = _Chosen(request)
     count = 0
+    for key, packed in walk.over(pairs):
+        count += 1
+        chosen.add((_aspect(packed, target), key), packed)
+    page = _fill(request, chosen.pairs(), model.INT64_MAX, model.INT64_MAX)
+    if page.is_cut and not may_cut:
+        raise _result_too_large()
+    return RangeResult(revision, page.records, count, len(page.records) < count)
 
-    def counting() -> Pairs:
-        nonlocal count
-        for pair in within_walk(pairs):
-            count += 1
-            yield pair
 
-    most = min(request.limit or _RECORDS_MAX, _RECORDS_MAX) + 1
-    choose = nlargest if request.reverse else nsmallest
-    chosen = choose(most, counting(), key=lambda pair: (_aspect(pair[1], target), pair[0]))
-    result = _page(revision, request, iter(chosen), may_cut, count)
-    return RangeResult(revision, result.records, count, len(result.records) < count)
+_Place = tuple[bytes | int | None, bytes]  # in the order of a sorted range
+
+
+class _Chosen:
+    """The first of many records: as many as a limit and the size of a result allow, and the next, if it is only the
+    size that shuts it out. Costs O(log n) a record at worst, and next to nothing where it comes too late in the order.
+    """
+
+    __slots__ = ("_first", "_keys_only", "_last", "_limit", "_reverse", "_size_bytes")
+
+    def __init__(self, request: Range) -> None:
+        self._limit = min(request.limit or _RECORDS_MAX, _RECORDS_MAX)
+        self._keys_only = request.keys_only
+        self._reverse = request.reverse
+        self._first: list[tuple[_Place, bytes]] = []  # with the packed record, or its header
+        self._size_bytes = 0
+        self._last: _Place | None = None  # what comes after it is not among the first
+
+    def add(self, place: _Place, packed: bytes) -> None:
+        last = self._last
+        if last is not None and (place < last if self._reverse else place > last):
+            return
+        if self._keys_only:
+            packed = packed[:HEADER_BYTES]
+        self._first.append((place, packed))
+        self._size_bytes += _size_in_result(place[1], packed)
+        if len(self._first) >= 2 * self._limit + _CHOSEN_RECORDS or self._size_bytes > _CHOSEN_BYTES:
+            self._cut()
+
+    def pairs(self) -> Pairs:
+        """Their keys and packed records, in order."""
+        self._cut()
+        return iter([(place[1], packed) for place, packed in self._first])
+
+    def _cut(self) -> None:
+        first, size_bytes = self._first, 0
+        first.sort(reverse=self._reverse)
+        for at, (place, packed) in enumerate(first):
+            if at == self._limit or size_bytes > model.RESULT_BYTES_MAX:
+                del first[at:]
+                self._last = first[-1][0]
+                break
+            size_bytes += _size_in_result(place[1], packed)
+        self._size_bytes = size_bytes
+
+
+def _size_in_result(key: bytes, packed: bytes) -> int:
+    return len(key) + len(packed) - HEADER_BYTES + _RECORD_OVERHEAD_BYTES

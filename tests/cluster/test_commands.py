@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from tests.cluster.harness import ClusterProcesses, run_command
+from kvstore.client.lock import lock_prefix
+from tests.cluster.harness import COMMAND, ROOT, ClusterProcesses, run_command, until
 
 pytestmark = pytest.mark.timeout(120)
+
+# Two cores may be shared with much else.
+WITHIN_S = 20.0
 
 Run = Callable[..., Awaitable[tuple[int, str, str]]]
 
@@ -155,6 +162,117 @@ async def test_a_command_whose_lock_is_lost_is_ended(kv: Run) -> None:
     assert "lock_lost" in err
 
 
+class Locked:
+    """`kvstore lock job -- sh -c SCRIPT` as a process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.command_pid = 0
+
+    async def running(self) -> None:
+        """Its command runs, and has said which process it is."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(WITHIN_S):
+            self.command_pid = int(await self.process.stdout.readline())
+
+    async def end(self) -> tuple[int, bytes]:
+        async with asyncio.timeout(WITHIN_S):
+            said, _ = await self.process.communicate()
+        assert self.process.returncode is not None
+        return self.process.returncode, said
+
+    async def is_command_gone(self) -> bool:
+        try:
+            state = Path(f"/proc/{self.command_pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        return state == "Z"
+
+
+Begin = Callable[..., Awaitable[Locked]]
+
+
+@pytest.fixture
+async def begin(cluster: ClusterProcesses) -> AsyncIterator[Begin]:
+    begun: list[Locked] = []
+
+    async def begin(script: str, under: tuple[str, ...] = ()) -> Locked:
+        process = await asyncio.create_subprocess_exec(
+            *under, sys.executable, "-m", COMMAND, "lock", "job", "--ttl", "2", "--", "sh", "-c", f"echo $$; {script}",
+            cwd=ROOT, env={**os.environ, "KVSTORE_ENDPOINTS": cluster.endpoints},
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        begun.append(Locked(process))
+        return begun[-1]
+
+    yield begin
+    for each in begun:
+        if each.process.returncode is None:
+            each.process.kill()
+        if each.command_pid and not await each.is_command_gone():  # where it fails
+            os.kill(each.command_pid, signal.SIGKILL)
+        await each.process.wait()
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+async def test_a_signalled_command_ends_before_its_lock_is_given_up(begin: Begin, kv: Run) -> None:
+    for number in SIGNALS:
+        # It takes a while to end, and says that it has.
+        holder = await begin("trap 'sleep 0.5; echo ended; exit 9' TERM HUP; while :; do sleep 0.05; done")
+        await holder.running()
+        look = f"kill -0 {holder.command_pid} 2>&- || echo alone"
+        waiting = asyncio.ensure_future(kv("lock", "job", "--", "sh", "-c", look))
+        await asyncio.sleep(0.2)
+        holder.process.send_signal(number)
+        assert await holder.end() == (9, b"ended\n")
+        assert (await waiting)[:2] == (0, "alone\n")
+
+
+async def test_lock_ends_as_its_signalled_command_does(begin: Begin) -> None:
+    for number in SIGNALS:
+        holder = await begin("exec sleep 30")
+        await holder.running()
+        holder.process.send_signal(number)
+        assert await holder.end() == (128 + number, b"")
+        assert await holder.is_command_gone()
+
+
+async def test_a_signalled_waiter_leaves_the_line(begin: Begin, cluster: ClusterProcesses) -> None:
+    holder = await begin("exec sleep 30")
+    await holder.running()
+    async with cluster.client() as client:
+
+        async def in_line(count: int) -> bool:
+            return (await client.range(prefix=lock_prefix("job"), count_only=True)).count == count
+
+        for number in SIGNALS:
+            waiter = await begin("exec sleep 30")
+            await until(lambda: in_line(2), WITHIN_S, "it has its place")
+            waiter.process.send_signal(number)
+            assert await waiter.end() == (128 + number, b""), "its command never ran"
+            assert await in_line(1)
+
+
+async def test_a_command_is_killed_with_who_holds_its_lock(begin: Begin) -> None:
+    holder = await begin("trap '' TERM HUP; exec sleep 30")
+    await holder.running()
+    holder.process.kill()
+    await until(holder.is_command_gone, WITHIN_S, "nobody runs without the lock")
+
+
+async def test_what_nohup_ignores_stays_ignored(begin: Begin) -> None:
+    for under, ignored in (((), 0), (("nohup",), 1)):
+        holder = await begin("exec sleep 30", under)
+        await holder.running()
+        status = Path(f"/proc/{holder.process.pid}/status").read_text()
+        mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:"))
+        assert int(mask, 16) >> (signal.SIGHUP - 1) & 1 == ignored
+        holder.process.terminate()
+        assert await holder.end() == (128 + signal.SIGTERM, b"")
+
+
 async def test_watch_shows_what_changes(kv: Run) -> None:
     await kv("put", "a/1", "one")
     await kv("put", "a/1", "two")
@@ -179,3 +297,7 @@ async def test_watch_shows_what_changes(kv: Run) -> None:
     assert code == 1
     assert "revision_in_future" in err
     assert (await kv("watch", "--no-puts", "--no-deletes"))[0] == 2
+    for end in ("b", "a"):
+        code, _, err = await kv("watch", "b", end)
+        assert code == 1
+        assert "invalid_range" in err

@@ -191,7 +191,8 @@ async def test_what_keeps_a_node_from_starting(tmp_path: Path) -> None:
         assert "address_in_use" in taken
         assert node.client_address in taken
         assert "address_in_use" in await refusal(*elsewhere, "--peers", f"n1={node.peer_address}/{other}")
-        assert "address_not_loopback" in await refusal(*elsewhere, "--peers", f"n1=0.0.0.0:1/{other}")
+        open_to_all = ("--listen", "0.0.0.0:1", "--advertise", peer)
+        assert "address_not_loopback" in await refusal(*elsewhere, "--peers", f"n1={peer}/{other}", *open_to_all)
         record = await client.get(b"k")
         assert record is not None, "the running node did not notice"
         cluster.stop("n1")

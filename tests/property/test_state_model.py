@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvstore import codec
+from kvstore import codec, model, versions
 from kvstore.model import (
     INT64_MAX,
     INT64_MIN,
@@ -104,6 +104,8 @@ lease_requests = (
     | st.builds(RevokeLease, leases)
     | st.just(ExpireLeases())
 )
+leasing = transactions(st.builds(Put, keys, values, leases) | deletes)
+entry_versions = st.sampled_from([versions.WITH_BUDGETS - 1, versions.VERSION])
 steps_ms = st.sampled_from([-1000, 0, 1, 20_000, 61_000])
 
 RETENTION = mvcc.Retention(batches=64)  # an epoch is 4 batches
@@ -116,6 +118,7 @@ class Replica(RuleBasedStateMachine):
         super().__init__()
         self.cleanup = ExitStack()
         for module, name, small in (
+            (model, "LEASE_KEYS_MAX", 3),
             (mvcc, "_WALK_MAX", 2),
             (mvcc, "CACHE_GENERATION_BYTES", 500),
             (sessions, "_UNWRITTEN_ENTRIES_MAX", 3),
@@ -146,12 +149,12 @@ class Replica(RuleBasedStateMachine):
     def open_sessions(self, count: int) -> None:
         self.enter(0, [OpenSession()] * count)
 
-    def enter(self, step_ms: int, calls: list[Any]) -> list[Any]:
+    def enter(self, step_ms: int, calls: list[Any], version: int = versions.VERSION) -> list[Any]:
         log_time_ms = max(0, self.model.log_time_ms + step_ms)
-        payload = entry(log_time_ms, calls)
+        payload = entry(log_time_ms, calls, version)
         results = self.machine.apply(self.machine.applied_index + 1, 3, DATA, payload)
         answers = decoded(results)
-        expected = self.model.apply(log_time_ms, calls)
+        expected = self.model.apply(log_time_ms, calls, version)
         assert [bare(answer) for answer in answers] == [bare(answer) for answer in expected]
         self.entries.append((DATA, payload, results, self.machine.digest()))
         for call, answer in zip(calls, answers, strict=True):
@@ -160,14 +163,19 @@ class Replica(RuleBasedStateMachine):
                 self.session_ids.append(answer.session)
         return answers
 
-    @rule(step_ms=steps_ms, requests=st.lists(operations, min_size=1, max_size=6), data=st.data())
-    def apply(self, step_ms: int, requests: list[Any], data: st.DataObject) -> None:
+    @rule(
+        step_ms=steps_ms,
+        requests=st.lists(operations, min_size=1, max_size=6),
+        version=entry_versions,
+        data=st.data(),
+    )
+    def apply(self, step_ms: int, requests: list[Any], version: int, data: st.DataObject) -> None:
         calls: list[Any] = []
         for request in requests:
             session = data.draw(st.sampled_from([0, *self.session_ids[-3:], 12345]))
             seq = data.draw(st.integers(0, 8))
             calls.append(Call(request, session, seq, data.draw(st.integers(0, max(seq, 1)))))
-        self.enter(step_ms, calls)
+        self.enter(step_ms, calls, version)
 
     @rule(
         step_ms=steps_ms,
@@ -183,9 +191,13 @@ class Replica(RuleBasedStateMachine):
             calls.append(Call(request, session, data.draw(st.integers(1, 8)), data.draw(st.integers(0, 4))))
         self.enter(step_ms, calls)
 
-    @rule(step_ms=steps_ms, requests=st.lists(lease_requests | puts | deletes | adds, min_size=1, max_size=8))
-    def change_leases(self, step_ms: int, requests: list[Any]) -> None:
-        self.enter(step_ms, requests)
+    @rule(
+        step_ms=steps_ms,
+        requests=st.lists(lease_requests | puts | deletes | adds | leasing, min_size=1, max_size=8),
+        version=entry_versions,
+    )
+    def change_leases(self, step_ms: int, requests: list[Any], version: int) -> None:
+        self.enter(step_ms, requests, version)
 
     @rule(lease=leases, with_keys=st.booleans(), step_ms=steps_ms)
     def read_a_lease(self, lease: int, with_keys: bool, step_ms: int) -> None:
@@ -200,7 +212,7 @@ class Replica(RuleBasedStateMachine):
 
     @rule()
     def compact_by_itself(self) -> None:
-        revision = self.machine.compaction_due()
+        revision = self.machine.compaction_due(0)
         if revision is not None:
             [answer] = self.enter(1, [Compact(revision)])
             assert answer.revision == revision

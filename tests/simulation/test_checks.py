@@ -86,7 +86,7 @@ def test_a_snapshot_an_install_and_a_membership_change_are_counted() -> None:
     leader, answer = cluster.nodes["a"], Answer()
     leader.add_learner(Member("d", "d:1", "", cluster.nodes["d"].node_id, False), answer)
     cluster.wait(answer)
-    cluster.until(lambda: cluster.nodes["d"].machine.applied_index == leader.machine.applied_index)
+    cluster.until(lambda: leader.match_index("d") == leader.machine.applied_index)
     leader.promote("d", promoted := Answer())
     cluster.wait(promoted)
     assert (answer.error, promoted.error) == (None, None)

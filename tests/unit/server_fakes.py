@@ -43,6 +43,7 @@ class FakeMachine:
     def __init__(self) -> None:
         self.revision = 0
         self.log_time_ms = 1  # known, as it is once a leader has applied its first entry
+        self.stamped_index = 0
         self.applied_term = 1
         self.batches: list[codec.Batch] = []
         self.records: dict[bytes, model.Record] = {}
@@ -54,6 +55,7 @@ class FakeMachine:
         batch = codec.decode_batch(payload)
         self.batches.append(batch)
         self.log_time_ms = max(self.log_time_ms, batch.log_time_ms)
+        self.stamped_index += 1
         return [codec.encode_result(self._apply(item.request)) for item in batch.items]
 
     def _apply(self, request: model.Mutation) -> model.Result:
@@ -81,7 +83,10 @@ class FakeMachine:
     def lease_expiry_due(self, log_time_ms: int) -> bool:
         return self.leases_due > 0
 
-    def compaction_due(self) -> int | None:
+    def stamp_due(self, log_time_ms: int) -> bool:
+        return False
+
+    def compaction_due(self, log_time_ms: int) -> int | None:
         return self.compaction
 
     @property
@@ -123,6 +128,7 @@ class FakeRaft:
         self.proposed: list[tuple[bytes, Callable[[Any, KvError | None], None]]] = []
         self.barriers: list[Callable[[KvError | None], None]] = []
         self.calls: list[tuple[object, ...]] = []
+        self.asked_version = 0
         self.admin_error: KvError | None = None
         self.on_leadership: Callable[[bool], None] = lambda leading: None
         self.on_applied: Callable[[], None] = lambda: None
@@ -177,10 +183,12 @@ class FakeRaft:
     def status(self) -> FakeStatus:
         return FakeStatus()
 
-    def add_learner(self, member: model.Member, done: Callable[[KvError | None], None]) -> None:
+    def add_learner(self, member: model.Member, done: Callable[[KvError | None], None], *, version: int = 0) -> None:
+        self.asked_version = version
         self._administer(done, "add_learner", member)
 
-    def promote(self, name: str, done: Callable[[KvError | None], None]) -> None:
+    def promote(self, name: str, done: Callable[[KvError | None], None], *, version: int = 0) -> None:
+        self.asked_version = version
         self._administer(done, "promote", name)
 
     def remove(self, name: str, done: Callable[[KvError | None], None], *, force: bool = False) -> None:

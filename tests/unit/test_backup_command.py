@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
+import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -180,3 +183,42 @@ def test_the_help_says_what_the_exit_codes_are(capsys: pytest.CaptureFixture[str
         said = capsys.readouterr().out
         assert "Exit code 0:" in said, each.name
         assert any(isinstance(option, click.Option) and "--output" in option.opts for option in each.params)
+
+
+# --- restore, recover -------------------------------------------------------------------------------------------------
+
+
+def test_a_restore_takes_the_token_from_where_a_node_does(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(directory / "file")
+    assert run(["backup", file]) == 0
+    capsys.readouterr()
+
+    def cluster_id(data_dir: str, *options: str) -> str:
+        assert (
+            run(["restore", file, "--name", "n1", "--data-dir", str(directory / data_dir), "-o", "json", *options]) == 0
+        )
+        return str(json.loads(capsys.readouterr().out)["cluster_id"])
+
+    monkeypatch.delenv("KVSTORE_CLUSTER_TOKEN", raising=False)
+    none, given = cluster_id("a"), cluster_id("b", "--cluster-token", "t")
+    monkeypatch.setenv("KVSTORE_CLUSTER_TOKEN", "t")
+    assert cluster_id("c") == given != none
+
+
+@pytest.mark.parametrize("typed", [b"", b"\n", b"n2\n", b"\xff\n"])
+def test_a_recovery_that_is_not_confirmed_says_so(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: bytes
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    assert run(["recover", str(directory), "--name", "n1"]) == 1
+    assert "not confirmed; nothing was changed" in capsys.readouterr().err
+
+
+def test_a_recovery_that_is_confirmed_goes_on(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"n1\r\n")))
+    assert run(["recover", str(directory), "--name", "n1"]) == 5
+    assert "no node's data" in capsys.readouterr().err

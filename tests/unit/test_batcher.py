@@ -33,7 +33,9 @@ class Setup:
         self.pressure: list[bool] = []
         self.batcher = Batcher(self.env, self.raft, self.log_clock, failure, self.pressure.append)
         self.raft.on_leadership = self.batcher.leadership_changed
-        self.raft.on_applied = lambda: self.log_clock.observe(self.raft.machine.log_time_ms)
+        self.raft.on_applied = lambda: self.log_clock.observe(
+            self.raft.machine.log_time_ms, self.raft.machine.stamped_index
+        )
         self.answers = Answers()
 
     def submit(self, *ids: int) -> None:
@@ -219,7 +221,7 @@ def test_a_wall_clock_that_jumps_ahead_moves_log_time_by_one_percent_at_most() -
 def test_writes_wait_until_log_time_is_known() -> None:
     """The first entry of a leader would else be stamped before its time, and its session expire at once."""
     setup = Setup()
-    setup.log_clock.forget_own(0)
+    setup.log_clock.forget_own()
     setup.submit(1)
     setup.world.advance(0.02)
     assert setup.raft.proposed == []
@@ -234,12 +236,12 @@ def test_a_state_that_is_not_replayed_yet_knows_no_log_time() -> None:
     clock = LogClock(world, 0)
     assert not clock.is_known  # the log behind it may hold any log time
     assert clock.now_ms() == 0
-    clock.observe(5_000)
+    clock.observe(5_000, 1)
     assert clock.is_known
     world.advance(1.0)
     assert clock.stamp() == 6_010
-    clock.forget_own(0)
-    assert clock.now_ms() == 0
+    clock.forget_own()
+    assert clock.now_ms() == 6_010
 
 
 def test_a_successor_with_a_clock_ahead_counts_from_the_applied_log_time() -> None:
@@ -247,11 +249,41 @@ def test_a_successor_with_a_clock_ahead_counts_from_the_applied_log_time() -> No
     world.jumped_ms += 3_600_000
     clock = LogClock(world, 5_000)
     world.advance(1.0)
-    clock.observe(6_000)
+    clock.observe(6_000, 1)
     world.advance(2.0)
-    clock.forget_own(6_000)
+    clock.forget_own()
     world.advance(1.0)
-    assert clock.stamp() == 7_010
+    # Also what passed before it led: a change of leaders makes no lease last longer.
+    assert clock.stamp() == 9_030
+
+
+def test_a_log_time_that_stood_still_leaps_by_nothing() -> None:
+    """A lease that was granted at its end would else lose all that passed since its beginning."""
+    world = World()
+    clock = LogClock(world, 5_000)
+    clock.observe(6_000, 1)
+    world.advance(10.0)
+    clock.observe(6_000, 2)  # the wall clock of who leads is behind
+    world.advance(1.0)
+    clock.observe(6_000, 2)  # what was applied since says nothing about time
+    assert clock.now_ms() == 7_010
+    clock.forget_own()
+    assert clock.now_ms() == 7_010
+
+
+def test_a_leader_whose_clock_was_behind_goes_on_from_log_time_once_it_is_right() -> None:
+    """Its own stamps were below it all the while; counted from them, log time would stand still for as long again."""
+    world = World()
+    clock = LogClock(world, world.wall_ms())
+    start_ms = world.wall_ms()
+    world.jumped_ms -= 100_000
+    for index in range(1, 11):
+        world.advance(1.0)
+        clock.stamp()
+        clock.observe(start_ms, index)  # an entry with a lower stamp leaves log time where it is
+    world.jumped_ms += 100_000
+    world.advance(1.0)
+    assert start_ms + 1_000 <= clock.stamp() <= start_ms + 1_020
 
 
 def test_a_wall_clock_that_jumps_back_never_takes_log_time_back() -> None:
@@ -269,8 +301,10 @@ def test_stamps_of_a_lost_leadership_count_no_more() -> None:
     clock = LogClock(world, 1_000)
     world.advance(100.0)
     assert clock.stamp() == 102_000
-    clock.forget_own(1_000)
-    assert clock.stamp() == 1_000
+    world.advance(1.0)
+    assert clock.stamp() == 103_010
+    clock.forget_own()
+    assert clock.stamp() == 1_000 + 102_010
 
 
 # --- chores -----------------------------------------------------------------------------------------------------------
@@ -335,16 +369,21 @@ def test_the_leader_raises_the_version_once_all_members_understand_more(monkeypa
     monkeypatch.setattr(versions, "VERSION", 3)
     monkeypatch.setattr(FakeMachine, "version", 2)
     monkeypatch.setattr(FakeStatus, "common_version", 0)
-    chores_of(setup)
+    chores, _ = chores_of(setup)
     setup.world.advance(2.0)
     assert setup.raft.proposed == [], "not all were heard, or one knows no more"
+    assert not chores.raises_version
     monkeypatch.setattr(FakeStatus, "common_version", 4)
     setup.raft.is_leader = setup.raft.accepting = False
     setup.world.advance(2.0)
     assert setup.raft.proposed == [], "it does not lead"
     setup.raft.is_leader = setup.raft.accepting = True
     setup.world.advance(0.15)
-    ((payload, _),) = setup.raft.proposed
+    ((payload, done),) = setup.raft.proposed
     assert [item.request for item in codec.decode_batch(payload).items] == [model.RaiseVersion(3)]
     setup.world.advance(1.0)
     assert len(setup.raft.proposed) == 1, "one at a time"
+    assert chores.raises_version
+    monkeypatch.setattr(FakeMachine, "version", 3)
+    done([codec.encode_result(model.DoneResult(0))], None)
+    assert not chores.raises_version

@@ -29,11 +29,15 @@ class FakeLeader:
         self.committed = 2
         self.matched = {"b": 2, "c": 2}
         self.connected = set("abc")
+        self.versions = {("d", ""): 2, ("d", "id-d"): 2}
         self.proposed: list[tuple[bytes, Proposed]] = []
         self.told: list[str] = []
 
     def match_index(self, peer: str) -> int:
         return self.matched.get(peer, 0)
+
+    def version_of(self, name: str, node_id: str) -> int:
+        return self.versions.get((name, node_id), 0)
 
     def alive(self) -> set[str]:
         return self.connected
@@ -167,6 +171,19 @@ def test_a_refused_change_leaves_nothing_under_way(bench: Bench) -> None:
     assert len(bench.leader.proposed) == 1
 
 
+def test_a_leader_that_could_not_be_removed_is_not_told_to_hand_over_first(bench: Bench) -> None:
+    """Else `kvstore leave` would move leadership, and be refused then."""
+    bench.leader.connected = set("ab")
+    bench.changes.step(5.0)
+    bench.changes.step(6.0)
+    answer, alone = Answer(), Answer()
+    bench.changes.remove("a", answer)
+    assert code_of(answer) == "would_lose_quorum"
+    bench.use(configuration("a"))
+    bench.changes.remove("a", alone, True)
+    assert code_of(alone) == "would_lose_quorum", "not even by force"
+
+
 def test_a_leader_does_not_remove_itself(bench: Bench) -> None:
     answer = Answer()
     bench.changes.remove("a", answer)
@@ -222,6 +239,39 @@ def test_a_learner_that_is_far_behind_is_not_promoted(bench: Bench) -> None:
     answer = Answer()
     bench.changes.promote("d", answer)
     assert code_of(answer) == "not_caught_up"
+
+
+def test_a_learner_that_the_leader_never_heard_is_not_promoted_however_short_the_log_is(bench: Bench) -> None:
+    bench.use(configuration("abc", "d"))
+    for connected, matched in (("abc", 0), ("abc", 2), ("abcd", 0)):
+        bench.leader.connected = set(connected)
+        bench.leader.matched["d"] = matched
+        answer = Answer()
+        bench.changes.promote("d", answer)
+        assert code_of(answer) == "not_caught_up"
+    assert bench.leader.proposed == []
+
+
+def test_who_is_known_to_lack_the_cluster_s_version_is_neither_added_nor_promoted(bench: Bench) -> None:
+    """It would stop at the next entry, and a cluster that has just grown would lose its quorum with it."""
+    bench.leader.connected = set("abcd")
+    bench.leader.matched["d"] = 2
+    added, promoted, early = Answer(), Answer(), Answer()
+    bench.changes.add_learner(NEW, added, 3)
+    assert code_of(added) == "data_format_newer"
+    bench.use(configuration("abc", "d"))
+    bench.changes.promote("d", promoted, 3)
+    assert code_of(promoted) == "data_format_newer"
+    bench.leader.versions.clear()
+    bench.changes.promote("d", early, 1)
+    assert code_of(early) == "not_caught_up", "nobody knows what it understands"
+    assert bench.leader.proposed == []
+
+
+def test_a_new_node_is_added_before_it_was_heard(bench: Bench) -> None:
+    bench.leader.versions.clear()
+    bench.changes.add_learner(NEW, Answer(), 3)
+    assert bench.take_proposal().learners == {"d"}
 
 
 def test_node_ids_are_recorded_once_they_are_known(bench: Bench) -> None:
@@ -296,13 +346,18 @@ def test_without_a_name_the_one_that_holds_most_takes_over(bench: Bench) -> None
     assert bench.leader.told == ["c"]
 
 
-@pytest.mark.parametrize("target", ["a", "d", "stranger", "c"])
-def test_only_another_voter_in_reach_takes_over(bench: Bench, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [("a", "transfer_failed"), ("c", "transfer_failed"), ("d", "not_voter"), ("stranger", "member_unknown")],
+)
+def test_only_another_voter_in_reach_takes_over(bench: Bench, target: str, code: str) -> None:
+    """Only who may be in reach later is worth another try."""
     bench.use(configuration("abc", "d"))
     bench.leader.connected = set("abd")
     answer = Answer()
     bench.changes.transfer(target, 110.0, answer)
-    assert code_of(answer) == "transfer_failed"
+    assert code_of(answer) == code
+    assert isinstance(answer.error, Unavailable) == (code == "transfer_failed")
     assert not bench.changes.handing_over
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import signal
 from importlib import metadata
+from pathlib import Path
+from typing import cast
 
 import click
 import msgspec
 import pytest
 
 from kvstore import model
-from kvstore.cli import cluster, main, txn_text
+from kvstore.cli import cluster, locks, main, txn_text
 from kvstore.cli.data import put
 from kvstore.cli.main import exit_code, run
-from kvstore.cli.nodes import parse_peers
-from kvstore.cli.text import print_table, record_json, to_bytes, to_text
+from kvstore.cli.nodes import check_advertised, parse_peers
+from kvstore.cli.options import Connection
+from kvstore.cli.text import print_json, print_table, record_json, to_bytes, to_text
+from kvstore.client.client import Client
 from kvstore.errors import CODES, InternalError, KvError, OutcomeUnknown, Refused, StartupError, Unavailable, error_for
 
 
@@ -25,11 +33,41 @@ def test_peers_are_names_with_one_address_or_two() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "n1", "n1=", "n1=host", "n1=h:1/h", "a b=h:1", "n1=h:1,n1=h:2", "n1=h:99999", "=h:1"]
-)
+    "text",
+    [
+        "", "n1", "n1=", "n1=host", "n1=h:1/h", "a b=h:1", "n1=h:1,n1=h:2", "n1=h:99999", "=h:1", "n1=h:0",
+        "n1=0.0.0.0:1", "n1=h:1/[::]:2", "n1=::1:1", "n1=h:1/h:1", "n1=h:1/h:2,n2=h:2/h:3",
+    ],
+)  # fmt: skip
 def test_peers_that_are_none_are_named(text: str) -> None:
     with pytest.raises(click.BadParameter):
         parse_peers(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--listen", "0.0.0.0:1", "--client-listen", "127.0.0.1:2"), "--listen, and there is no --advertise"),
+        (("--listen", "[::]:1", "--client-listen", "127.0.0.1:2"), "stands for every address"),
+        (("--listen", "127.0.0.1:1", "--client-listen", "127.0.0.1:0"), "there is no --client-advertise"),
+        (("--listen", "[::1:1", "--client-listen", "127.0.0.1:2"), "'[::1:1' is nothing that others can connect to"),
+        (
+            ("--listen", "127.0.0.1:1", "--client-listen", "127.0.0.1:2", "--advertise", "nonsense"),
+            "--advertise: 'nonsense' is nothing",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "join"])
+def test_a_node_that_others_could_not_reach_is_not_begun(
+    command: str, options: tuple[str, ...], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--name", "n4", "--data-dir", str(tmp_path / "d"), "--insecure", *options]) == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "d").exists()
+
+
+def test_an_address_that_is_advertised_may_be_another_than_where_it_listens() -> None:
+    check_advertised("0.0.0.0:7411", "10.0.0.4:7411", "[::]:7421", "kv-4.example.org:7421")
 
 
 def test_bytes_as_text() -> None:
@@ -208,6 +246,47 @@ def test_the_version_is_told_where_none_is_installed_too(
     assert capsys.readouterr() == ("kvstore 1.2.3\nkvstore (run from its source, not installed)\n", "")
 
 
+def test_a_node_that_answers_for_another_is_no_row_of_its() -> None:
+    node = model.Member("p4", "h:1", "h:2", "1", True)
+    row = cluster._status_row(node, Refused("another node, n1, answers at h:2", code="wrong_node"))
+    assert row == ("p4", "h:2", "another node", "", "", "", "", "", "another node, n1, answers at h:2")
+    assert cluster._status_row(node, Unavailable("gone", code="timeout"))[2::6] == ("unreachable", "timeout")
+
+
+class Leading:
+    """A client of n1, n2 and n3, led by n1, of which each answer to a removal is as given."""
+
+    def __init__(self, *answers: KvError | None) -> None:
+        self.answers = list(answers)
+        self.members = tuple(model.Member(name, f"{name}:1", "", "", True) for name in ("n1", "n2", "n3"))
+        self.leader = "n1"
+        self.asked: list[str] = []
+
+    async def status(self) -> model.NodeStatus:
+        return model.NodeStatus("n2", "c", "follower", self.leader, "", 1, 1, 1, 1, 1, 1, self.members, ())
+
+    async def member_remove(self, name: str, *, force: bool) -> tuple[model.Member, ...]:
+        self.asked.append(f"remove {name}")
+        answer = self.answers.pop(0)
+        if answer is not None:
+            raise answer
+        return tuple(member for member in self.members if member.name != name)
+
+    async def transfer_leader(self) -> None:
+        self.asked.append("transfer")
+        self.leader = "n2"
+
+
+async def test_a_leader_hands_over_only_for_a_removal_that_would_be_done() -> None:
+    refused = Leading(Refused("two would be left", code="would_lose_quorum"))
+    with pytest.raises(Refused):
+        await cluster.remove_member(cast(Client, refused), "n1", 5.0)
+    assert refused.asked == ["remove n1"]
+    leading = Leading(Refused("it leads", code="cannot_remove_leader"), None)
+    assert len(await cluster.remove_member(cast(Client, leading), "n1", 5.0)) == 2
+    assert leading.asked == ["remove n1", "transfer", "remove n1"]
+
+
 def test_a_long_note_is_wrapped_and_a_digest_is_not(capsys: pytest.CaptureFixture[str]) -> None:
     trouble = "the log's disk failed (" + "no space left on device, " * 12 + "28); free some, then restart this node"
     digest = "0123456789abcdef" * 2
@@ -221,6 +300,89 @@ def test_a_long_note_is_wrapped_and_a_digest_is_not(capsys: pytest.CaptureFixtur
     assert digest in out
     for word in trouble.split():
         assert word in out
+
+
+def test_a_status_as_json_has_all_that_a_node_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = tuple(model.Member(name, f"{name}:1", f"{name}:2", name, True) for name in ("n1", "n2"))
+    peer = model.PeerStatus("n2", True, 7)
+    status = model.NodeStatus(
+        "n1", "c", "leader", "n1", "n1:2", 1, 2, 3, 4, 5, 6, nodes, (peer,),
+        storage_error="its disk", version="1.0", digest="ab", alarms=("quota", "b"), size_bytes=9, cluster_version=2,
+    )  # fmt: skip
+    looks = [(nodes[0], status), (nodes[1], Unavailable("no answer", code="timeout"))]
+    monkeypatch.setattr(Connection, "call", lambda _self, _use: looks)
+    assert run(["status", "-o", "json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["status"] == {
+        **{name: getattr(status, name) for name in status.__struct_fields__},
+        "members": [msgspec.structs.asdict(node) for node in nodes],
+        "peers": [msgspec.structs.asdict(peer)],
+        "alarms": ["quota", "b"],
+    }
+    assert first["member"] == msgspec.structs.asdict(nodes[0])
+    assert (second["status"], second["error"]) == (None, {"code": "timeout", "message": "no answer"})
+    assert run(["status"]) == 0
+    assert "its disk" in capsys.readouterr().out
+
+
+def test_a_name_of_any_bytes_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("grün", "a\udcff"):
+        print_json({"file": name})
+        out = capsys.readouterr().out
+        assert json.loads(out) == {"file": name}
+        assert out.encode()
+
+
+NOT_UTF_8 = "\udcff"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lock", "", "--", "true"],
+        ["lock", "a\0b", "--", "true"],
+        ["lock", "a", "--ttl", "nan", "--", "true"],
+        ["lock", "a", "--wait", "nan", "--", "true"],
+        ["lock", "a"],
+        ["lease", "grant", "nan"],
+        ["lease", "grant", "5", "--timeout", "nan"],
+        ["leave", NOT_UTF_8],
+        ["member", "remove", NOT_UTF_8],
+        ["member", "promote", NOT_UTF_8],
+        ["transfer-leader", NOT_UTF_8],
+        ["serve", "--name", "n1", "--data-dir", "d", "--history-age", "nan"],
+        ["dev", "--data-dir", "d", "--restart-after", "nan"],
+    ],
+)
+def test_what_cannot_be_asked_for_is_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert "Usage:" in capsys.readouterr().err
+
+
+async def test_a_command_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_END_S", 0.2)
+    command = ("sh", "-c", f"trap '' TERM; echo $$ > {tmp_path}/pid; exec sleep 30")
+    for is_lost in (True, False):
+        lost, ending = asyncio.Event(), locks._Ending()
+        ending.cancels = None
+        running = asyncio.ensure_future(locks._run(command, dict(os.environ), lost, ending))
+        async with asyncio.timeout(10.0):
+            while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("\n"):
+                await asyncio.sleep(0.01)
+            if is_lost:
+                lost.set()
+                with pytest.raises(Unavailable, match="the lock was lost"):
+                    await running
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert await running == 128 + signal.SIGKILL
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
+        (tmp_path / "pid").unlink()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().remove_signal_handler(number)
 
 
 def test_an_unreachable_cluster_is_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:

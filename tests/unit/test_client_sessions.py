@@ -13,9 +13,10 @@ import kvstore
 from kvstore import Client, OutcomeUnknown, Refused, Unavailable, codec
 from kvstore.client import call as client_call
 from kvstore.client import session as client_session
-from kvstore.client.session import WINDOW, Session
+from kvstore.client.session import KEEPS, WINDOW, Session
 from kvstore.codec import Answer, ClientFrame, Failure, Read, Write
-from kvstore.model import CloseSession, ErrorResult, KeepSession, OpenSession
+from kvstore.model import CloseSession, ErrorResult, KeepLease, KeepSession, OpenSession, Put
+from kvstore.state.sessions import ANSWERS_MAX
 from tests.fake_server import (
     FakeCluster,
     FakeNode,
@@ -265,6 +266,28 @@ async def test_a_full_window_makes_callers_wait(kv: Client, node: FakeNode) -> N
     await asyncio.gather(*calls)
     sent = [(write.seq, write.acked_below) for write in node.writes]
     assert all(seq - acked_below < WINDOW for seq, acked_below in sent)
+
+
+async def test_keep_alives_do_not_wait_behind_a_full_window(
+    kv: Client, node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_session, "WINDOW", 4)
+    monkeypatch.setattr(client_session, "KEEPS", 2)
+    await kv.put(b"first", b"")
+    node.always = swallow
+    calls: list[asyncio.Future[object]] = []
+    calls += [asyncio.ensure_future(kv.put(b"%d" % number, b"")) for number in range(10)]
+    calls += [asyncio.ensure_future(kv.keep_lease(7)) for _ in range(5)]
+    await until(lambda: len(node.writes) >= 1 + 4 + 2)
+    assert [type(codec.decode_mutation(write.request)) for write in node.writes] == [Put] * 5 + [KeepLease] * 2
+    assert all(write.seq - write.acked_below < 4 + 2 for write in node.writes)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_the_store_keeps_all_answers_that_may_be_unacknowledged() -> None:
+    assert WINDOW + KEEPS == ANSWERS_MAX
 
 
 async def test_callers_in_line_time_out_as_never_sent(kv: Client, node: FakeNode) -> None:

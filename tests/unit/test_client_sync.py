@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import os
 import signal
 import subprocess
@@ -18,7 +19,10 @@ import pytest
 
 import kvstore
 from kvstore import Client, Put, StartupError, SyncClient, Unavailable
-from kvstore.client.lock import lock_prefix
+from kvstore.client.lock import Election, lock_prefix
+from kvstore.client.sync import SyncElection, SyncTransaction, SyncWatch
+from kvstore.client.transaction import Transaction
+from kvstore.client.watch import Watch
 
 WITHIN_S = 5.0
 # Nobody listens there.
@@ -282,3 +286,46 @@ print("done")
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=WITHIN_S * 2, cwd=os.getcwd()
     )
     assert (run.stdout, run.stderr, run.returncode) == ("done\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("of", "sync", "left_out"),
+    [
+        # `with` and the first call start it; who backs off without asyncio does so in `run_transaction`.
+        (Client, SyncClient, {"start", "wait_for_others"}),
+        (Election, SyncElection, set()),
+        (Watch, SyncWatch, {"standing"}),  # `with` waits for it
+        (Transaction, SyncTransaction, set()),
+    ],
+)
+def test_every_call_is_there_with_the_same_arguments(of: type, sync: type, left_out: set[str]) -> None:
+    def public(kind: type) -> dict[str, object]:
+        return {name: inspect.getattr_static(kind, name) for name in dir(kind) if not name.startswith("_")}
+
+    def arguments(call: object) -> list[tuple[str, object, object]]:
+        assert callable(call)
+        parameters = inspect.signature(call).parameters.values()
+        return [(each.name, each.kind, each.default) for each in parameters if each.name != "self"]
+
+    theirs, ours = public(of), public(sync)
+    assert set(theirs) - set(ours) == left_out
+    assert set(ours) <= set(theirs)
+    for name, call in theirs.items():
+        if name not in left_out and inspect.isfunction(call):
+            assert arguments(ours[name]) == arguments(call), name
+
+
+def test_digests_and_who_leads(kv: SyncClient) -> None:
+    revision = kv.put(b"a", b"1").revision
+    whole = kv.digest(revision=revision)
+    assert whole.count == 1
+    assert kv.digest(b"b", revision=revision).count == 0
+    leaders = kv.election("e").observe()
+    assert next(leaders) is None
+    with kv.election("e").campaign(b"me"):
+        leader = next(leaders)
+        assert leader is not None
+        assert leader.value == b"me"
+    assert next(leaders) is None
+    leaders.close()  # type: ignore[attr-defined]
+    assert kv.get(b"a") is not None

@@ -11,9 +11,10 @@ import pytest
 from msgspec import Raw
 
 from kvstore import codec
+from kvstore.client import watch as watch_module
 from kvstore.client.sinks import Sinks
 from kvstore.client.watch import WINDOW_BYTES, Stream, Watch, What
-from kvstore.errors import InternalError, KvError
+from kvstore.errors import InternalError, KvError, Refused
 from kvstore.model import DoneResult, ErrorResult, Event, Record
 from tests.fake_network import VirtualTime
 from tests.simulation.loop import VirtualLoop
@@ -84,6 +85,16 @@ class Setup:
     def tell(self, revision: int, *events: Event, size_bytes: int = 100, more: bool = False) -> None:
         self.stream.on_frame(codec.WatchEvents(self.asked.id, revision, events, size_bytes, more))
 
+    def take(self) -> None:
+        """What is ready first is taken by the reader."""
+        _, _, size_bytes = self.stream.ready.popleft()
+        self.stream.taken(size_bytes)
+
+    @property
+    def credits(self) -> list[int]:
+        assert self.way is not None
+        return [frame.size_bytes for frame in self.way.heard if isinstance(frame, codec.WatchCredit)]
+
     def lose(self) -> None:
         """The connection breaks, and another node is there."""
         self.way = self.links[1] if self.way is self.links[0] else self.links[0]
@@ -141,6 +152,81 @@ def test_half_a_revision_is_asked_for_again() -> None:
     assert setup.ready == []
     setup.tell(7, event(7, b"k3"))
     assert setup.ready == [(tuple(event(7, key) for key in (b"k1", b"k2", b"k3")), 7)]
+
+
+def test_a_revision_is_completed_by_a_frame_without_events() -> None:
+    setup = Setup()
+    setup.stand(7)
+    setup.tell(7, event(7, b"k1"), more=True)
+    setup.tell(8, size_bytes=0)
+    assert setup.ready == [((event(7, b"k1"),), 8)]
+    assert setup.stream.next == 9
+
+
+def test_the_rest_of_a_revision_gets_room_when_all_before_it_is_taken() -> None:
+    setup = Setup()
+    setup.stand(1)
+    half = WINDOW_BYTES // 2
+    setup.tell(1, event(1), size_bytes=half)
+    setup.tell(2, event(2), size_bytes=half, more=True)
+    assert setup.credits == [], "its reader holds the first"
+    setup.take()
+    assert setup.credits == [half, half], "what is taken, and what the rest needs"
+    setup.tell(2, event(2), size_bytes=half, more=True)
+    assert setup.credits == [half, half, half]
+
+
+def test_behind_a_large_revision_there_is_a_window_and_no_more() -> None:
+    """However much of it the node was told to send though nothing was taken."""
+    setup = Setup()
+    setup.stand(1)
+    part = WINDOW_BYTES // 2
+    for _ in range(9):
+        setup.tell(1, event(1), size_bytes=part, more=True)
+    setup.tell(1, event(1), size_bytes=part)
+    assert [len(events) for events, _ in setup.ready] == [10]
+    assert sum(setup.credits) == 9 * part
+    # The node may send as much as it was told, and the window; the reader has taken nothing.
+    setup.tell(2, event(2), size_bytes=part)
+    setup.tell(3, event(3), size_bytes=part, more=True)
+    assert sum(setup.credits) == 9 * part, "nothing more for what comes after"
+    setup.take()
+    assert sum(setup.credits) == 10 * part, "all of the first is taken"
+    setup.take()
+    assert sum(setup.credits) == 12 * part, "also the second; and the third may go on"
+    setup.lose()
+    assert setup.asked.window_bytes == WINDOW_BYTES
+    assert setup.asked.from_revision == 3
+
+
+def test_a_large_revision_that_is_not_taken_leaves_no_room_at_the_next_node() -> None:
+    setup = Setup()
+    setup.stand(1)
+    for _ in range(9):
+        setup.tell(1, event(1), size_bytes=WINDOW_BYTES // 2, more=True)
+    setup.tell(1, event(1))
+    setup.lose()
+    assert not setup.links[1].heard
+    setup.take()
+    assert (setup.asked.from_revision, setup.asked.window_bytes) == (2, WINDOW_BYTES)
+
+
+async def test_a_revision_beyond_its_limit_ends_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "REVISION_BYTES_MAX", 1000)
+    setup = Setup()
+    setup.stand(1)
+    setup.tell(1, event(1), size_bytes=600, more=True)
+    setup.tell(1, event(1), size_bytes=600)
+    assert setup.ready == [((event(1), event(1)), 1)], "its last part came with the window anyway"
+    setup.tell(2, event(2), size_bytes=600, more=True)
+    setup.tell(2, event(2), size_bytes=600, more=True)
+    assert isinstance(setup.links[0].heard[-1], codec.WatchCancel)
+    watch = Watch(setup.stream, False)
+    assert [await anext(watch), await anext(watch)] == [event(1), event(1)]
+    with pytest.raises(Refused, match="watch from 3 on") as caught:
+        await anext(watch)
+    assert caught.value.code == "result_too_large"
+    assert watch.next_revision == 2
 
 
 def test_progress_that_was_on_its_way_before_it_stood_is_not_its_own() -> None:
@@ -259,8 +345,7 @@ def test_it_asks_nobody_while_its_window_is_full() -> None:
     setup.lose()
     assert not setup.links[1].heard
     while setup.stream.ready:
-        _, _, size_bytes = setup.stream.ready.popleft()
-        setup.stream.taken(size_bytes)
+        setup.take()
     assert setup.asked.from_revision == 11
     assert setup.asked.window_bytes >= WINDOW_BYTES // 4
 
@@ -270,11 +355,20 @@ async def test_what_is_taken_is_credited_in_portions() -> None:
     setup.stand(1)
     for _ in range(3):
         setup.stream.taken(WINDOW_BYTES // 8)
-    credits = [frame for frame in setup.links[0].heard if isinstance(frame, codec.WatchCredit)]
-    assert [frame.size_bytes for frame in credits] == [WINDOW_BYTES // 4]
+    assert setup.credits == [WINDOW_BYTES // 4]
     setup.stream.close(KvError("enough"))
     assert isinstance(setup.links[0].heard[-1], codec.WatchCancel)
     await asyncio.sleep(0)
+
+
+def test_closing_it_after_its_loop_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the garbage collector may; nothing can be sent any more, and nobody reads it."""
+    setup = Setup()
+    setup.stand(1)
+    heard = list(setup.links[0].heard)
+    monkeypatch.setattr(setup.stream.loop, "is_closed", lambda: True)
+    setup.stream.close(KvError("enough"))
+    assert setup.links[0].heard == heard
 
 
 def test_an_ended_watch_asks_nobody_any_more() -> None:

@@ -96,6 +96,49 @@ def test_a_member_without_name_address_or_id_is_refused(field: str) -> None:
     assert code_of(caught) == "invalid_request"
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"name": "../x y\n"},
+        {"name": "."},
+        {"name": "n" * 65},
+        {"node_id": "1" * 100_000},
+        {"peer_address": "nonsense"},
+        {"peer_address": "[::1"},
+        {"peer_address": "::1:7411"},
+        {"peer_address": "127.0.0.1:0"},
+        {"peer_address": "0.0.0.0:7411"},
+        {"peer_address": "[::]:7411"},
+        {"peer_address": "1.2.3:7411"},
+        {"peer_address": "h:65536"},
+        {"peer_address": f"{'h' * 300}:1"},
+        {"client_address": "bogus"},
+        {"client_address": "d:1"},  # its own for nodes
+        {"peer_address": "a:1"},
+        {"client_address": "a:1"},
+    ],
+)
+def test_a_member_that_the_others_could_not_use_is_refused(field: dict[str, str]) -> None:
+    with pytest.raises(Refused) as caught:
+        configuration("abc").add_learner(msgspec.structs.replace(NEW, **field))
+    assert code_of(caught) == "invalid_request"
+    assert len(caught.value.message) < 400, "a message of its size would not help"
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:7411", "[::1]:1", "[fe80::1%eth0]:1", "kv-1.kv.svc.cluster.local.:65535", "node_1:1"]
+)
+def test_addresses_that_are_some(address: str) -> None:
+    assert configuration("abc").add_learner(msgspec.structs.replace(NEW, peer_address=address)).get("d")
+    serves_no_clients = msgspec.structs.replace(NEW, peer_address=address, client_address="")
+    assert configuration("abc").add_learner(serves_no_clients).get("d")
+
+
+def test_what_earlier_versions_took_is_still_read() -> None:
+    odd = Configuration.of([NEW, Member("../x", "[::1", "bogus", "1" * 1000, False)])
+    assert Configuration.decode(odd.encode()) == odd
+
+
 def test_the_number_of_members_is_bounded() -> None:
     members = configuration([f"n{number}" for number in range(MEMBERS_MAX)])
     with pytest.raises(Refused) as caught:

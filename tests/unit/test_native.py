@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import cast
 
 import pytest
@@ -13,6 +14,7 @@ from kvstore.seldom import LOG_EVERY_S
 from kvstore.server import native
 from kvstore.server.native import NativeDoor
 from kvstore.server.ports import Gate, Reply
+from kvstore.server.throttle import HELD_BYTES_MAX, HOLD_S
 from tests.fake_network import FakeNetwork, run
 from tests.unit.server_fakes import RecordingLog, World, virtual_environment
 
@@ -230,30 +232,193 @@ def test_past_the_cap_in_flight_the_socket_is_not_read_until_answers_go_out() ->
     assert [frame.id for frame in caller.frames] == list(range(1, total + 1))
 
 
-def test_past_its_rate_a_connection_waits_and_nothing_is_refused() -> None:
-    setup = Setup()
-    setup.door.rate = 100
+class Throttled(Setup):
+    """Requests are answered at once; `ids` and `times_s` tell which, and when."""
+
+    def __init__(self, rate: int) -> None:
+        super().__init__()
+        self.door.rate = rate
+        self.ids: list[int] = []
+        self.times_s: list[float] = []
+
+    def serve(self, seconds: float) -> None:
+        until_s = self.world.now_s + seconds
+        while self.world.now_s < until_s:
+            self.world.advance(0.01)
+            while self.node.asked:
+                frame = self.node.asked[0][0]
+                self.ids.append(frame.id)
+                self.times_s.append(self.world.now_s)
+                if isinstance(frame, (codec.WatchCredit, codec.WatchCancel)):
+                    self.node.asked.pop(0)
+                else:
+                    self.node.answer()
+
+
+def test_past_its_rate_a_connection_waits_and_no_burst_overdraws() -> None:
+    setup = Throttled(20)
     caller, other = setup.connect(), setup.connect()
-    total = 1000
-    for request_id in range(1, total + 1):
-        caller.send(write(request_id))
-    began_s = setup.world.now_s
-    asked: list[int] = []
-    while len(asked) < total:
-        setup.world.advance(0.05)
-        while setup.node.asked:
-            asked.append(setup.node.asked[0][0].id)
-            setup.node.answer()
-        passed_s = setup.world.now_s - began_s
-        # What one read of the socket brought may overdraw the second's worth that there is at first.
-        assert len(asked) <= 100 + 100 * passed_s + total // 2
-        assert passed_s < 12
-    assert asked == list(range(1, total + 1))
-    assert setup.world.now_s - began_s > 4
-    assert setup.door.stats().throttled > 0
+    setup.serve(3.0)  # longer than the second that it may save up for
+    caller.send(*(write(request_id) for request_id in range(1, 56)))
+    setup.serve(1.9)
+    assert setup.ids == list(range(1, len(setup.ids) + 1))
+    assert 20 + 36 <= len(setup.ids) + 2 <= 20 + 39
+    assert sum(at_s < setup.times_s[0] + 0.02 for at_s in setup.times_s) == 20
+    assert max(b - a for a, b in itertools.pairwise(setup.times_s)) < 0.07, "its client is answered all the time"
+    assert setup.door.stats().throttled == 1
     other.send(write(1))
-    setup.world.advance(0.05)
-    assert len(setup.node.asked) == 1, "the rate is each connection's own"
+    setup.serve(0.1)
+    assert setup.ids.count(1) == 2, "the rate is each connection's own"
+    setup.serve(1.0)
+    assert len(setup.ids) == 56
+    assert [frame.id for frame in caller.frames] == list(range(1, 56))
+    assert all(isinstance(frame, codec.Answer) for frame in caller.frames)
+
+
+def test_within_its_rate_nothing_waits() -> None:
+    setup = Throttled(20)
+    caller = setup.connect()
+    for request_id in range(1, 100):
+        setup.world.advance(0.051)
+        caller.send(write(request_id))
+        setup.world.advance(0.001)
+        assert [frame.id for frame, _, _ in setup.node.asked] == [request_id]
+        setup.node.answer()
+    assert setup.door.stats().throttled == 0
+
+
+def test_connecting_again_gains_nothing() -> None:
+    setup = Throttled(20)
+    began_s, connections = setup.world.now_s, 20
+    for _ in range(connections):
+        caller = setup.connect()
+        caller.send(*(write(request_id) for request_id in range(1, 301)))
+        setup.serve(0.5)
+        caller.transport.abort()
+    passed_s = setup.world.now_s - began_s
+    assert 0.7 * 20 * passed_s < len(setup.ids) <= 20 * passed_s + connections
+
+
+def test_signs_of_life_overtake_what_waits() -> None:
+    setup = Throttled(20)
+    caller = setup.connect()
+    keep = codec.Write(5002, 1, 9, 1, Raw(codec.encode_request(model.KeepLease(7))))
+    caller.send(*(write(request_id) for request_id in range(1, 2001)), codec.StatusRequest(5001), keep)
+    setup.serve(0.3)
+    assert {5001, 5002} <= set(setup.ids[:4])
+    caller.send(codec.StatusRequest(5003, digest=True), codec.StatusRequest(5004))
+    setup.serve(0.3)
+    assert 5003 not in setup.ids, "a digest costs a node too much to be one"
+    assert 5004 in setup.ids
+    assert len(setup.ids) <= 3 + 1 + 20 * 0.9
+
+
+def test_who_waited_too_long_is_told_so_and_its_turn_goes_to_others() -> None:
+    setup = Throttled(20)
+    caller = setup.connect()
+    read = codec.Read(201, 0, 0, Raw(codec.encode_request(model.Range(b"k"))))
+    caller.send(*(write(request_id) for request_id in range(1, 201)), read)
+    setup.serve(HOLD_S + 0.2)
+    served = len(setup.ids)
+    assert setup.ids == list(range(1, served + 1))
+    assert 38 <= served <= 46
+    failures = [frame for frame in caller.frames if isinstance(frame, codec.Failure)]
+    assert {frame.id for frame in failures} | set(setup.ids) == set(range(1, 202))
+    assert {frame.code for frame in failures} == {"overloaded"}
+    assert "20 requests a second" in failures[0].message
+    outcomes = {(kind, outcome): count for kind, outcome, count in setup.door.stats().answered}
+    assert outcomes["write", "overloaded"] == 200 - served
+    assert outcomes["read", "overloaded"] == 1
+    caller.send(write(999))
+    setup.serve(0.06)
+    assert setup.ids[-1] == 999
+
+
+def test_a_watch_loses_no_credit_to_the_rate_and_its_end_does_not_overtake_it() -> None:
+    setup = Throttled(1)
+    caller = setup.connect()
+    watch = codec.Watch(2, b"k", None, 0, False, True, True, False, 1 << 20)
+    caller.send(write(1), watch, codec.WatchCancel(2), codec.WatchCredit(3, 10))
+    setup.serve(HOLD_S + 0.2)
+    assert setup.ids == [1, 2, 2, 3]
+    # Neither has an answer that could refuse it: they are handled when others are refused.
+    caller.frames.clear()
+    caller.send(*(write(request_id) for request_id in range(10, 20)), watch, codec.WatchCancel(2))
+    caller.send(codec.WatchCredit(3, 10))
+    setup.serve(HOLD_S + 0.2)
+    refused = [frame.id for frame in caller.frames if isinstance(frame, codec.Failure)]
+    assert refused[-1] == 2
+    assert setup.ids[-2:] == [2, 3]
+    assert len(refused) + len(setup.ids) == 4 + 13
+
+
+def test_what_waits_for_its_turn_is_bounded() -> None:
+    setup = Throttled(1)
+    caller = setup.connect()
+    caller.transport.set_write_buffer_limits(1 << 30)
+    for request_id in range(1, 61):
+        caller.send(write(request_id, bytes(1_000_000)))
+    setup.serve(1.0)
+    unread_bytes = caller.transport.get_write_buffer_size()
+    assert unread_bytes > 60_000_000 - HELD_BYTES_MAX - 3_000_000
+    setup.serve(20 * HOLD_S)
+    assert caller.transport.get_write_buffer_size() == 0
+    assert {frame.id for frame in caller.frames} == set(range(1, 61))
+    assert 10 <= len(setup.ids) <= 20, "meanwhile it had its rate"
+
+
+def test_what_waits_for_its_turn_is_not_handled_under_pressure_or_past_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "IN_FLIGHT_MAX", 5)
+    setup = Throttled(100)
+    caller = setup.connect()
+    setup.world.advance(1.0)
+    caller.send(*(write(request_id) for request_id in range(1, 21)))
+    setup.world.advance(0.5)
+    assert len(setup.node.asked) == 5
+    assert setup.door.stats().throttled == 0, "it is not its rate that holds it up"
+    setup.door.press(True)
+    for _ in range(5):
+        setup.node.answer()
+    setup.world.advance(0.5)
+    assert setup.node.asked == []
+    setup.door.press(False)
+    setup.world.advance(0.001)
+    assert len(setup.node.asked) == 5, "at once"
+    setup.node.answer()
+    setup.world.advance(0.001)
+    assert [frame.id for frame, _, _ in setup.node.asked] == list(range(7, 12))
+    setup.serve(0.1)
+    assert [frame.id for frame in caller.frames] == list(range(1, 21))
+
+
+def test_junk_behind_what_waits_ends_the_connection() -> None:
+    for junk in (codec.encode_frame(codec.Hello(1, 1)), codec.encode_frame(write(-1)), b"\x00\x00\x00\x02\xc1\xc1"):
+        setup = Throttled(20)
+        caller = setup.connect()
+        caller.send(*(write(request_id) for request_id in range(1, 10)))
+        setup.serve(0.05)
+        caller.transport.write(junk)
+        setup.serve(1.0)
+        assert caller.failure().code == "malformed_frame"
+        assert caller.lost
+        assert setup.junk() == {"malformed_frame": 1}
+        assert len(setup.ids) <= 9
+
+
+def test_who_waits_for_its_turn_at_a_door_that_stops_is_told_to_go_elsewhere() -> None:
+    setup = Throttled(20)
+    caller = setup.connect()
+    caller.send(*(write(request_id) for request_id in range(1, 101)))
+    setup.serve(0.5)
+    setup.door.stop_accepting()
+    setup.world.advance(0.1)
+    told = [frame for frame in caller.frames if isinstance(frame, codec.Failure)]
+    assert {frame.code for frame in told} == {"shutting_down"}
+    assert len(told) + len(setup.ids) == 100
+    empty: list[bool] = []
+    setup.door.close(lambda: empty.append(True))
+    setup.world.advance(1.0)
+    assert empty == [True]
 
 
 def test_past_the_cap_of_bytes_in_flight_the_socket_is_not_read() -> None:

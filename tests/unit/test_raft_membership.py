@@ -40,7 +40,9 @@ def remove(cluster: Cluster, leader: RaftNode, name: str) -> None:
 
 
 def has_caught_up(node: RaftNode, leader: RaftNode) -> bool:
-    return node.machine.applied_index == leader.machine.applied_index
+    """And the leader knows."""
+    applied = leader.machine.applied_index
+    return node.machine.applied_index == applied == leader.match_index(node.config.name)
 
 
 def connected_ids(node: RaftNode) -> set[str]:

@@ -13,10 +13,12 @@ import pytest
 import pytest_asyncio
 from msgspec import Raw
 
+import kvstore
 from kvstore import codec, model
 from kvstore.env import Environment, SystemFiles, system_environment
 from kvstore.errors import KvError, Refused, StartupError, Unavailable
 from kvstore.server import reads as reads_module
+from kvstore.server.chores import Chores
 from kvstore.server.identity import DataDirectory, check_loopback, check_name, cluster_id
 from kvstore.server.native import NativeDoor
 from kvstore.server.node import ServerNode, ServerOptions
@@ -170,6 +172,32 @@ async def test_membership_goes_to_consensus_and_its_refusals_come_back(served: t
     assert answer.code == "wrong_cluster"
 
 
+async def test_a_new_member_must_understand_all_that_the_log_demands(
+    served: tuple[ServerNode, FakeRaft], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, raft = served
+    add = codec.MemberAdd(9, OURS, "n4", "127.0.0.1:4", "127.0.0.1:14", "d")
+    for frame in (add, codec.MemberPromote(9, "n4")):
+        raft.asked_version = 0
+        await ask(node, frame)
+        assert raft.asked_version == node.machine.version
+    raft.calls.clear()
+    raft.term = 2  # entries of the leader before may raise the version, and are not applied here yet
+    for frame in (add, codec.MemberPromote(9, "n4")):
+        answer = await ask(node, frame)
+        assert isinstance(answer, codec.Failure)
+        assert answer.code == "membership_busy"
+    raft.term = 1
+    monkeypatch.setattr(Chores, "raises_version", True)
+    for frame in (add, codec.MemberPromote(9, "n4")):
+        answer = await ask(node, frame)
+        assert isinstance(answer, codec.Failure)
+        assert answer.code == "membership_busy"
+    assert raft.calls == []
+    await ask(node, codec.MemberRemove(9, "n4"))
+    assert raft.calls == [("remove", "n4")]
+
+
 async def test_hello_holds_protocol_and_cluster_against_ours(served: tuple[ServerNode, FakeRaft]) -> None:
     node, _ = served
     assert await ask(node, codec.Hello(1, 1, OURS)) == codec.Welcome(1, 1, OURS, "n1", "127.0.0.1:11")
@@ -204,6 +232,38 @@ async def test_over_a_real_socket_a_stopping_leader_hands_over_and_answers_what_
     second = node_of(tmp_path, FakeRaft())
     await second.start()  # the directory is free again
     await second.stop()
+
+
+async def test_a_node_that_stops_is_not_ready_while_its_door_refuses(tmp_path: Path) -> None:
+    raft = FakeRaft()
+    node = node_of(tmp_path, raft, http_listen="127.0.0.1:0")
+    await node.start()
+    assert node.http is not None
+    host, port = node.http.address.rsplit(":", 1)
+
+    async def get(path: str) -> bytes:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+    assert b" 200 " in await get("/readyz")
+    node.handle(write(model.Put(b"k", b"v")), Answers())
+    await until(lambda: raft.proposed)
+    stopping = asyncio.create_task(node.stop())
+    await until(lambda: raft.calls)  # and it waits for that write
+    answer = await ask(node, read(b"k"))
+    assert isinstance(answer, codec.Failure)
+    assert answer.code == "shutting_down"
+    for path in ("/readyz", "/health"):
+        text = await get(path)
+        assert b" 503 " in text
+        assert b"shutting down" in text
+    assert b" 200 " in await get("/livez")
+    raft.commit()
+    await asyncio.wait_for(stopping, 5)
 
 
 async def test_a_stopped_node_says_so(tmp_path: Path) -> None:
@@ -299,6 +359,32 @@ async def test_a_directory_that_cannot_be_claimed_leaves_nothing_open(
     await again.stop()
 
 
+@pytest.mark.parametrize("what", ["important.txt", "wal/notes", "state/notes", "wal/notes.wal", ".hidden"])
+async def test_a_directory_that_somebody_else_filled_is_left_as_it_is(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "n1" / what
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    raft = FakeRaft()
+    with pytest.raises(StartupError, match=f"not empty .*{what}") as refused:
+        await node_of(tmp_path, raft).start()
+    assert refused.value.code == "data_dir_not_empty"
+    assert not raft.started
+    assert sorted(path.parent.iterdir()) == [path], "not so much as a lock"
+
+
+async def test_what_a_first_start_left_or_a_file_system_made_is_in_nobodys_way(tmp_path: Path) -> None:
+    async with kvstore.open_embedded(tmp_path) as store:
+        await store.put(b"k", b"v")
+    for name in ("META", "META.tmp", "wal/next.tmp", "state/CURRENT.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "META").unlink()
+    for name in ("lost+found", "state/state-3", "state/checkpoint-4"):
+        (tmp_path / name).mkdir()
+    DataDirectory(SystemFiles(), str(tmp_path)).close()
+    async with kvstore.open_embedded(tmp_path) as store:
+        assert (await store.get(b"k")) is not None
+
+
 @pytest.mark.parametrize("left", [(), ("segment.tmp", "notes.wal")])
 async def test_a_claimed_directory_without_its_log_is_refused(tmp_path: Path, left: tuple[str, ...]) -> None:
     node = node_of(tmp_path, FakeRaft())
@@ -379,6 +465,13 @@ def test_addresses_that_others_reach(address: str) -> None:
     with pytest.raises(StartupError) as refused:
         check_loopback(address)
     assert refused.value.code == "address_not_loopback"
+
+
+@pytest.mark.parametrize("address", ["[::1", "[::1:1", "::1]:1", "[]:1", "h:65536", "h:"])
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(StartupError, match="give an address as host:port") as refused:
+        check_loopback(address)
+    assert refused.value.code == "startup_failed"
 
 
 def test_names() -> None:
@@ -465,6 +558,27 @@ def test_a_burst_of_reads_is_served_in_slices() -> None:
     assert len(setup.answers.frames) == reads_module.SLICE_READS
     setup.world.turn()
     assert setup.answers.ids == list(range(1, count + 1))
+
+
+def test_reads_that_take_long_are_served_one_in_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count returns little and walks over much."""
+    setup = ReadSetup()
+    read = setup.raft.machine.read
+
+    def long_read(request: model.Read, log_time_ms: int = 0) -> bytes:
+        setup.world.now_s += reads_module.SLICE_S
+        return read(request, log_time_ms)
+
+    monkeypatch.setattr(setup.raft.machine, "read", long_read)
+    for request_id in (1, 2, 3):
+        setup.reads.linearizable(setup.waiting(request_id))
+    setup.world.turn()
+    setup.raft.confirm()
+    assert setup.answers.ids == [1]
+    setup.world.turn()
+    assert setup.answers.ids == [1, 2]
+    setup.world.turn()
+    assert setup.answers.ids == [1, 2, 3]
 
 
 def test_reads_of_a_congested_asker_go_to_its_gate() -> None:

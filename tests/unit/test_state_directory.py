@@ -138,6 +138,32 @@ def test_a_state_that_is_gone_is_not_replaced_by_an_empty_one() -> None:
     assert files.is_dir("data/state/state-1")
 
 
+def test_a_pointer_that_is_gone_is_not_replaced_where_another_state_is() -> None:
+    files, directory = fresh()
+    write(files, directory.current(), b"")
+    new = directory.new()
+    write(files, new, b"")
+    directory.switch(new)
+    directory.sweep()
+    files.remove("data/state/CURRENT")
+    for look in (StateDirectory.current, StateDirectory.found):
+        with pytest.raises(StartupError, match="state-0, which is not there"):
+            look(StateDirectory(files, "data/state"))
+    assert files.list_dir("data/state") == ["state-1"]
+
+
+def test_who_only_looks_makes_nothing() -> None:
+    files = FaultyFiles()
+    assert StateDirectory(files, "data/state").found() == ""
+    assert not files.exists("data/state")
+    directory = StateDirectory(files, "data/state")
+    path = directory.current()
+    assert directory.found() == ""
+    assert files.list_dir("data/state") == ["CURRENT"]
+    write(files, path, b"")
+    assert directory.found() == path
+
+
 def test_a_switch_that_fails_keeps_both_until_the_next_start() -> None:
     files, directory = fresh()
     write(files, directory.current(), b"old")

@@ -424,16 +424,32 @@ def test_automatic_compaction_by_age(node: Node) -> None:
     hour_ms = mvcc.Retention().age_ms
     node.apply(Put(b"a", b"1"), at_ms=hour_ms)
     node.apply(Put(b"a", b"2"), at_ms=hour_ms + hour_ms // 10)
-    assert node.machine.compaction_due() is None
+    assert node.machine.compaction_due(0) is None
     node.apply(Put(b"b", b"1"), at_ms=2 * hour_ms)
-    assert node.machine.compaction_due() is None
+    assert node.machine.compaction_due(0) is None
     node.apply(at_ms=2 * hour_ms + hour_ms // 5)
     # What ended more than an hour ago goes, and what is newer stays.
-    due = node.machine.compaction_due()
+    due = node.machine.compaction_due(0)
     assert due == 1
     node.apply(Compact(due))
-    assert node.machine.compaction_due() is None
+    assert node.machine.compaction_due(0) is None
     assert node.read(Range(b"a", revision=1)).records[0].value == b"1"
+
+
+def test_automatic_compaction_by_age_where_nobody_writes_any_more(node: Node) -> None:
+    """A quota's alarm would outlive the history that it was raised for."""
+    hour_ms = mvcc.Retention().age_ms
+    node.apply(Put(b"a", b"1"), at_ms=hour_ms)
+    node.apply(Put(b"a", b"2"), at_ms=hour_ms + 1)
+    assert node.machine.compaction_due(2 * hour_ms + hour_ms // 16) is None
+    due = node.machine.compaction_due(2 * hour_ms + hour_ms // 16 + 1)
+    assert due == node.machine.revision
+    node.apply(Compact(due), at_ms=3 * hour_ms)
+    assert node.machine.compaction_due(9 * hour_ms) is None
+    # The next epoch counts from its own first batch, not from the compaction.
+    node.apply(Put(b"a", b"3"), at_ms=9 * hour_ms)
+    assert node.machine.compaction_due(9 * hour_ms + 1) is None
+    assert node.read(Range(b"a")).records[0].value == b"3"
 
 
 @pytest.mark.parametrize(
@@ -445,7 +461,7 @@ def test_automatic_compaction_by_size(node: Node, retention: mvcc.Retention, kep
     revision = compactions = 0
     for number in range(1000):
         node.apply(Put(b"a", b"%d" % number))
-        due = node.machine.compaction_due()
+        due = node.machine.compaction_due(0)
         if due is not None:
             assert due > revision
             revision = due

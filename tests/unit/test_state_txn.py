@@ -276,6 +276,15 @@ def test_a_key_is_written_once(store: Store, operations: tuple[Any, ...]) -> Non
     assert store.machine.revision == 0
 
 
+def test_a_refusal_says_the_same_on_every_replica(store: Store) -> None:
+    """It is part of the state where the answer is kept, and each process has its own order of sets."""
+    puts = tuple(Put(b"%02d" % number, b"") for number in range(40))
+    for operations in ((Txn(success=puts), Txn(success=puts)), (*reversed(puts), Txn(failure=puts))):
+        refused = store.txn(*operations)
+        assert (refused.code, refused.operation) == ("duplicate_key", (len(operations) - 1,))
+        assert refused.message == "b'00' is written twice in one transaction"
+
+
 @pytest.mark.parametrize(
     "operations",
     [

@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import pytest
 
+import kvstore
 from kvstore import codec, model
 from kvstore.backup import PagedHash, packed
 from kvstore.cli import backup as command
 from kvstore.cli.main import run
 from kvstore.client.backup import ReplicaDigest, Verified, verify
 from kvstore.client.client import Client
+from kvstore.client.members import member_status
 from kvstore.errors import Refused, Unavailable, error_for
 from kvstore.model import Digest, DigestResult, ErrorResult, Member, NodeStatus, RangeResult, Record
 from kvstore.state import txn
@@ -65,15 +67,17 @@ class Replicas:
             Member(name, "", "" if name in without_address else name, "", True) for name in self.replicas
         )
         self.counts: list[int] = []  # of records in a page
+        self.others: dict[str, tuple[str, str]] = {}  # by address, who answers there (name, node id)
 
     async def range(self, **_: object) -> RangeResult:
         revision = max(replica.revision for replica in self.replicas.values())
         return RangeResult(revision, (), len(self.replicas["n1"].revisions[-1]))
 
-    async def status(self, address: str = "") -> NodeStatus:
+    async def status(self, address: str = "", *, digest: bool = False, timeout: float | None = None) -> NodeStatus:
         if address:
-            self._answer(address)
-        return NodeStatus("n1", "c", "leader", "n1", "n1", 1, 1, 1, 1, 1, 1, self.members, ())
+            self._check_alive(address)
+        name, node_id = self.others.get(address, (address or "n1", ""))
+        return NodeStatus(name, "c", "leader", "n1", "n1", 1, 1, 1, 1, 1, 1, self.members, (), node_id=node_id)
 
     async def digest(self, start: bytes = b"", end: bytes = b"", *, revision: int, address: str) -> DigestResult:
         replica = self._answer(address)
@@ -85,10 +89,13 @@ class Replicas:
         self.counts.append(result.count)
         return result
 
-    def _answer(self, address: str) -> Replica:
-        replica = self.replicas[address]
-        if not replica.answers_left:
+    def _check_alive(self, address: str) -> None:
+        if not self.replicas[address].answers_left:
             raise Unavailable(f"{address} is gone", code="timeout")
+
+    def _answer(self, address: str) -> Replica:
+        self._check_alive(address)
+        replica = self.replicas[address]
         replica.answers_left -= 1
         return replica
 
@@ -180,9 +187,9 @@ async def test_one_that_goes_while_it_is_asked_since_when_ends_nothing() -> None
 async def test_it_is_held_against_another_where_one_of_most_goes() -> None:
     cluster = Replicas(filled(), filled(), filled())
     cluster.replicas["n3"].damage(b"0000", b"", since=7)
-    cluster.replicas["n1"].answers_left = 9 + 2  # also a status
+    cluster.replicas["n1"].answers_left = 9 + 1
     assert since(await cluster.verify()) == {"n3": 7}
-    cluster.replicas["n1"].answers_left = cluster.replicas["n2"].answers_left = 9 + 2
+    cluster.replicas["n1"].answers_left = cluster.replicas["n2"].answers_left = 9 + 1
     found = await cluster.verify()
     assert statuses(found) == {"n1": "same", "n2": "same", "n3": "differs"}
     assert since(found) == {"n3": 0}
@@ -196,6 +203,36 @@ async def test_members_that_cannot_be_asked_are_named() -> None:
     found = await cluster.verify()
     assert statuses(found) == {"n1": "same", "n2": "unreachable", "n3": "no client address"}
     assert not found.agree
+
+
+@pytest.mark.parametrize("replica", [filled(), Replica()])
+async def test_another_node_at_a_members_address_does_not_count_for_it(replica: Replica) -> None:
+    cluster = Replicas(replica, replica, replica)
+    cluster.others["n3"] = ("n1", "id-1")
+    found = await cluster.verify()
+    assert statuses(found) == {"n1": "same", "n2": "same", "n3": "another node"}
+    error = found.replicas[2].error
+    assert error is not None
+    assert error.code == "wrong_node"
+    assert "another node, n1, answers at n3" in error.message
+    assert not found.agree
+
+
+async def test_one_that_took_a_members_name_does_not_count_for_it_either() -> None:
+    cluster = Replicas(filled(), filled())
+    cluster.members = tuple(Member(name, "", name, f"id-{name}", True) for name in cluster.replicas)
+    cluster.others["n1"] = ("n1", "")  # of a version that did not say it
+    cluster.others["n2"] = ("n2", "id-anew")
+    assert statuses(await cluster.verify()) == {"n1": "same", "n2": "another node"}
+    cluster.others["n2"] = ("n2", "id-n2")
+    assert (await cluster.verify()).agree
+
+
+async def test_a_member_whose_address_is_none_is_named() -> None:
+    async with kvstore.connect("127.0.0.1:1") as client:
+        for address in ("nonsense", "127.0.0.1:0"):
+            with pytest.raises(Refused, match=f"n1 cannot be asked: '{address}' is no host:port"):
+                await member_status(client, Member("n1", "", address, "", True))
 
 
 async def test_an_empty_store_is_compared_only_where_a_node_answers() -> None:
@@ -229,6 +266,7 @@ async def test_no_answer_at_all_is_no_verdict() -> None:
 SAME = ReplicaDigest(Member("n1", "", "h:1", "", True), b"d", 5)
 NO_ADDRESS = ReplicaDigest(Member("n2", "", "", "", True))
 GONE = ReplicaDigest(Member("n3", "", "h:3", "", True), error=Unavailable("gone", code="timeout"))
+OTHER = ReplicaDigest(Member("n6", "", "h:6", "", True), error=Refused("n1 answers there", code="wrong_node"))
 DIFFERS = ReplicaDigest(Member("n4", "", "h:4", "", True), b"e", 6, True, 77)
 UNKNOWN = ReplicaDigest(Member("n5", "", "h:5", "", True), b"e", 6, True, 0, Refused("x", code="too_many_sessions"))
 
@@ -239,6 +277,7 @@ UNKNOWN = ReplicaDigest(Member("n5", "", "h:5", "", True), b"e", 6, True, 0, Ref
         ((SAME, SAME), 0),
         ((SAME, NO_ADDRESS), 3),
         ((SAME, GONE), 3),
+        ((SAME, OTHER), 3),
         ((SAME, DIFFERS), 1),
         ((SAME, GONE, UNKNOWN), 1),
     ],
@@ -261,6 +300,7 @@ def test_what_the_command_says(
         "n3": "unreachable: timeout",
         "n4": "differs since revision 77",
         "n5": "differs since when is not known: too_many_sessions",
+        "n6": "another node: n1 answers there",
     }
     for replica in replicas:
         assert notes.get(replica.member.name, "the same") in table

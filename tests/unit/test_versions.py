@@ -56,6 +56,17 @@ def test_common_is_what_the_least_of_all_members_said() -> None:
     assert roster.common_version == 3
 
 
+def test_what_a_node_understands_its_successor_of_that_name_may_not() -> None:
+    member = model.Member("b", "", "", "new", False)
+    roster = Roster(own_identity(RaftConfig(name="a", cluster_id="c", members=(), version=3), "1"))
+    roster.set_members(Configuration((member,)), (0, 0))
+    roster.note(Identity("c", "b", "old", version=3))
+    assert (roster.version_of("b", "old"), roster.version_of("b", "")) == (3, 3)
+    assert (roster.version_of("b", "new"), roster.common_version) == (0, 0), "the new one was not heard"
+    roster.note(Identity("c", "b", "new", version=2))
+    assert (roster.version_of("b", "new"), roster.common_version) == (2, 2)
+
+
 def apply(machine: Machine, *requests: model.Mutation) -> None:
     machine.apply(machine.applied_index + 1, 1, DATA, entry(1, requests))
 
@@ -77,6 +88,18 @@ def test_a_raised_version_is_kept_and_never_falls(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(StartupError, match="is of version 2") as caught:
         Machine(disk.open, "state")
     assert caught.value.code == "data_format_newer"
+
+
+def test_a_version_that_this_program_does_not_know_is_not_taken_for_the_cluster_s() -> None:
+    disk = MemoryDisk()
+    machine = Machine(disk.open, "state")
+    apply(machine, PUT)
+    with pytest.raises(StartupError, match=f"entry 2 is of version {versions.VERSION + 1}") as caught:
+        apply(machine, model.RaiseVersion(versions.VERSION + 1))
+    assert caught.value.code == "data_format_newer"
+    assert (machine.version, machine.applied_index) == (versions.FIRST, 1)
+    machine.close()
+    assert Machine(disk.open, "state").version == versions.FIRST
 
 
 def test_an_entry_says_its_version() -> None:

@@ -16,7 +16,7 @@ def keep_alive_adds_nothing(patches: Patches) -> None:
     patches.rewrite(
         LeaseChanges,
         "keep",
-        ("Lease(lease_id, lease.ttl_ms, now_ms + lease.ttl_ms, lease.keys)", "lease"),
+        ("Lease(lease_id, lease.ttl_ms, now_ms + lease.ttl_ms, lease.keys, lease.size_bytes)", "lease"),
     )
 
 
@@ -37,7 +37,7 @@ def records_outlive_their_lease(patches: Patches) -> None:
     patches.rewrite(
         txn,
         "end_lease",
-        ("view.write(key, None, view.get(key), revision)", "del view.leases.need(lease_id).keys[key]"),
+        ("view.write(key, None, before, revision)", "del view.leases.need(lease_id).keys[key]"),
     )
 
 

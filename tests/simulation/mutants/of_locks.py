@@ -13,7 +13,7 @@ mutant = catalogue.mutant
 @mutant("X16a")
 def who_waited_takes_the_lock(patches: Patches) -> None:
     """Once the one right before it is gone, a waiter enters, though that one may have gone without its turn."""
-    patches.rewrite(Lock, "_acquire", ("before, revision = await self._look(before, place)", "break"))
+    patches.rewrite(Lock, "_acquire", ("before, revision = await self._look(before, place, patience)", "break"))
 
 
 @mutant("X16b")
@@ -31,7 +31,7 @@ def lease_counts_from_its_answer(patches: Patches) -> None:
 @mutant("X16d")
 def waiter_misses_what_went_meanwhile(patches: Patches) -> None:
     """Who waits watches from when its watch stands: one that went since it looked is waited for in vain."""
-    patches.rewrite(Lock, "_acquire", ("revision + 1, lease", "0, lease"))
+    patches.rewrite(Lock, "_acquire", ("from_revision=revision + 1", "from_revision=0"))
 
 
 @mutant("X16e")

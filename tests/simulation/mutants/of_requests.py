@@ -113,6 +113,14 @@ def first_stamp_before_the_log_is_replayed(patches: Patches) -> None:
     patches.rewrite(LogClock, "_limit_ms", ("return wall_ms if self._is_empty else 0.0", "return wall_ms"))
 
 
+@mutant("X5d", nodes=(5,))
+def log_time_leaps_over_what_it_stood_still(patches: Patches) -> None:
+    """A new leader counts from the first entry that had the newest log time, not from the last."""
+    patches.rewrite(
+        LogClock, "observe", ("if stamped_index > self._applied_index:", "if log_time_ms > self._applied_ms:")
+    )
+
+
 # --- transactions -----------------------------------------------------------------------------------------------------
 
 

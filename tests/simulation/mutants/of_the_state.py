@@ -97,11 +97,8 @@ def pointer_that_is_read_is_trusted(patches: Patches) -> None:
     """The state's pointer is taken as it reads, though the process that renamed it may have died before its sync."""
     patches.rewrite(
         StateDirectory,
-        "current",
-        (
-            "            files.sync_dir(directory)\n            self._current = _decode",
-            "            self._current = _decode",
-        ),
+        "_named",
+        ("        files.sync_dir(directory)\n        name = _decode", "        name = _decode"),
     )
 
 

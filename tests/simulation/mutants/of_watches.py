@@ -48,4 +48,10 @@ def the_record_before_is_that_before_the_batch(patches: Patches) -> None:
 @mutant("X15f")
 def who_is_further_behind_joins_the_slice(patches: Patches) -> None:
     """A slice of history is delivered to every watch that is behind, also to those that lack what came before it."""
-    patches.rewrite(WatchHub, "_deliver", ("first <= watch.next <= revision", "watch.next <= revision"))
+    patches.rewrite(WatchHub, "_deliver", ("first <= watch.place <= here", "watch.place <= here"))
+
+
+@mutant("X15g")
+def large_revisions_are_passed_over(patches: Patches) -> None:
+    """A revision with very many changes is over for all live watches, also for those that it matches."""
+    patches.rewrite(WatchHub, "_pass_over", ("watch.state is _State.LIVE", "False"))

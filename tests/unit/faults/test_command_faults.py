@@ -16,7 +16,7 @@ import pytest
 from pysyncobj.poller import POLL_EVENT_TYPE
 from pysyncobj.tcp_connection import CONNECTION_STATE, TcpConnection
 
-from kvstore.errors import InternalError, OutcomeUnknown
+from kvstore.errors import InternalError, OutcomeUnknown, StartupError
 from kvstore.raft import messages
 from kvstore.raft.messages import AppendReply, MalformedMessage
 from tests.raft_cluster import Cluster, ScriptedPeer
@@ -71,6 +71,23 @@ def test_fault_08_ours_stops_the_node_that_differs_and_the_others_go_on() -> Non
     cluster.time.advance(1.0)
     assert cluster.machine("b").payloads == cluster.machine("c").payloads == [b"poison", b"after", b"the rest goes on"]
     assert cluster.machine("a").payloads == []
+
+
+def test_fault_08_ours_says_of_a_newer_entry_that_it_is_newer_and_no_bug() -> None:
+    cluster = Cluster()
+    cluster.start("a", "b", "c")
+    cluster.lead("a")
+
+    def apply(*_entry: object) -> None:
+        raise StartupError("entry 2 is of version 9: run a newer program", code="data_format_newer")
+
+    cluster.machine("b").apply = apply  # type: ignore[method-assign]
+    fatal: list[Any] = []
+    cluster.nodes["b"].on_fatal = fatal.append
+    cluster.wait(cluster.propose(cluster.nodes["a"], "new"))
+    cluster.until(lambda: fatal)
+    assert fatal == [cluster.nodes["b"].failure]
+    assert (type(fatal[0]), fatal[0].code) == (StartupError, "data_format_newer")
 
 
 # --- 9: no linearizable read ------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def test_fault_18_ours_promotes_a_learner_under_its_own_name() -> None:
     leader.add_learner(Member("d", "d:1", "", joining.node_id, False), added)
     cluster.wait(added)
     assert added.is_ok
-    cluster.until(lambda: joining.machine.applied_index == leader.machine.applied_index)
+    cluster.until(lambda: joining.machine.applied_index == leader.machine.applied_index == leader.match_index("d"))
     assert joining.status().role == "learner"
     leader.promote("d", promoted)
     cluster.wait(promoted)
