@@ -29,6 +29,7 @@ import kvstore
 from services.web import api_page
 from services.web.answers import CALLER_ID, LIMIT_HEADERS, REQUEST_ID, json_response
 from services.web.bodies import BODY_BYTES_MAX
+from services.web.clients import TRUSTED_PROXIES
 from services.web.endpoints import Api
 from services.web.logs import AccessLog
 from services.web.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -69,6 +70,7 @@ def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None
     state, metrics = State(), Metrics()
     app = web.Application(middlewares=[_frame(state, metrics, access_log)], client_max_size=BODY_BYTES_MAX)
     app[STATE] = state
+    app[TRUSTED_PROXIES] = ()
     health = _Health(store, state)
     openapi = msgspec.json.encode(document(api))
 
@@ -141,6 +143,8 @@ def _problem_for(error: Exception, request: web.Request, request_id: str) -> Pro
         return Problem("outcome_unknown", f"The store did not answer in time; {how}", retryable=safe)
     if isinstance(error, kvstore.Unavailable):
         return Problem("store_unavailable", "The store cannot be reached now, and nothing has changed; try again")
+    if isinstance(error, kvstore.Refused) and error.code == "conflict":
+        return Problem("contended", "Nothing has changed; try again")
     if isinstance(error, web.HTTPException):
         code = _HTTP_PROBLEMS.get(error.status, "malformed_request")
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None

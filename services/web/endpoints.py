@@ -30,6 +30,7 @@ from msgspec import Struct
 
 from services.web.answers import LIMIT_HEADERS
 from services.web.bodies import BodyReader, RequestBody, field_error
+from services.web.clients import client_address
 from services.web.idempotency import Idempotency, IdempotencyKeys
 from services.web.ids import Id, parse_id
 from services.web.limits import Limit
@@ -72,6 +73,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     path: str
     answers: Answers
     access: Access
+    reads_token: bool
     idempotent: bool
     condition: Condition
     problems: tuple[str, ...]
@@ -84,7 +86,9 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     @property
     def all_problems(self) -> frozenset[str]:
         """Also the codes that come with what it declares, and those that every endpoint has."""
-        codes = {*self.problems, *_EVERYWHERE, *_WITH_TOKEN}
+        codes = {*self.problems, *_EVERYWHERE}
+        if self.reads_token:
+            codes |= _WITH_TOKEN
         if self.access is not Access.ANYONE:
             codes.add("authentication_required")
         if self.access in (Access.STAFF, Access.ADMIN):
@@ -106,7 +110,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
 
 _EVERYWHERE: Final = frozenset(
     {"internal", "malformed_request", "overloaded", "rate_limited", "shutting_down", "store_unavailable",
-     "outcome_unknown"}
+     "outcome_unknown", "contended"}
 )  # fmt: skip
 _WITH_TOKEN: Final = frozenset({"invalid_token", "token_expired"})  # also where none is needed, if one was sent
 _WITH_BODY: Final = frozenset(
@@ -154,12 +158,15 @@ def endpoint(
     answers: Answers,
     *,
     access: Access = Access.ANYONE,
+    reads_token: bool = True,
     idempotent: bool = False,
     condition: Condition = Condition.NONE,
     problems: tuple[str, ...] = (),
 ) -> Callable[[H], H]:
+    """Without `reads_token` an Authorization header is passed over: for where one goes because one's token is stale."""
     unknown = [code for code in problems if code not in PROBLEMS]
     assert not unknown, f"{method} {path} declares problems that do not exist: {unknown}"
+    assert reads_token or access is Access.ANYONE, f"{path} must know who asks"
     assert not (idempotent and access is Access.ANYONE), "an idempotency key's scope is its caller"
 
     def declare(handler: H) -> H:
@@ -168,6 +175,7 @@ def endpoint(
             path=path,
             answers=answers,
             access=access,
+            reads_token=reads_token,
             idempotent=idempotent,
             condition=condition,
             problems=problems,
@@ -251,10 +259,10 @@ class Api:
 
         async def answer(request: web.Request) -> web.StreamResponse:
             call = Call(request)
-            if not anyone or "Authorization" in request.headers:
+            if not anyone or (declared.reads_token and "Authorization" in request.headers):
                 call._caller = await self._caller(request)
             if limit is not None:
-                client = request.remote if call._caller is None else call._caller.user_id
+                client = client_address(request) if call._caller is None else call._caller.user_id
                 request[LIMIT_HEADERS] = limit.headers(limit.take(client))
             if roles is not None and call.caller.role not in roles:
                 raise Problem("forbidden", f"This is for {declared.access}")
@@ -289,7 +297,7 @@ class Api:
             return await self._tokens.caller(request)
         except Problem:
             if self._limit is not None:  # whoever guesses tokens is counted, too
-                self._limit.take(request.remote)
+                self._limit.take(client_address(request))
             raise
 
 

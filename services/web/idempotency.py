@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 import time
@@ -30,13 +29,12 @@ import kvstore
 from services.web.answers import REQUEST_ID, json_response
 from services.web.bodies import RequestBody
 from services.web.ids import now_ms
+from services.web.leases import SharedLease
 from services.web.problems import CONTENT_TYPE, Problem
 from services.web.tokens import Caller
 
 KEPT_S: Final = 24 * 3600.0
-# A lease takes records for so long, or so many of them (the store allows 16,384), and lives by so much longer.
 _LEASE_FILLS_S: Final = 3600.0
-_LEASE_RECORDS_MAX: Final = 10_000
 
 _KEY: Final = re.compile(r"\A[!-~]{1,255}\Z")  # visible ASCII; the length that others allow
 
@@ -98,11 +96,7 @@ class IdempotencyKeys:
     """Reads the keys of requests, and sees to it that records end some day. One per process."""
 
     def __init__(self, store: kvstore.Client, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
-        self._clock_s = clock_s
-        self._granting = asyncio.Lock()
-        self._lease = self._room = 0
-        self._fills_until_s = 0.0
+        self._lease = SharedLease(store, KEPT_S, _LEASE_FILLS_S, clock_s)
 
     async def of(self, request: web.Request, caller: Caller, path: str, body: RequestBody | None) -> Idempotency:
         """`path` is the canonical path, without escapes or query. Raises `Problem` 400 where the header is missing."""
@@ -116,18 +110,7 @@ class IdempotencyKeys:
         # Neither a path nor a key holds a space, so no two scopes can be spelt alike.
         scope = f"idem/{caller.user_id} {request.method} {path} {key}".encode()
         fingerprint = hashlib.blake2b(_encode_fingerprint(body), digest_size=16).hexdigest()
-        return Idempotency(scope, fingerprint, await self._take_room())
-
-    async def _take_room(self) -> int:
-        """The lease for one more record. (Many never come to be: a request that is refused stores none.)"""
-        if not self._room or self._clock_s() >= self._fills_until_s:
-            async with self._granting:
-                if not self._room or self._clock_s() >= self._fills_until_s:
-                    granted_at_s = self._clock_s()
-                    self._lease = (await self._store.grant_lease(KEPT_S + 2 * _LEASE_FILLS_S)).lease
-                    self._room, self._fills_until_s = _LEASE_RECORDS_MAX, granted_at_s + _LEASE_FILLS_S
-        self._room -= 1
-        return self._lease
+        return Idempotency(scope, fingerprint, await self._lease.take())
 
 
 async def refuse_and_store(

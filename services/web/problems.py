@@ -42,9 +42,20 @@ PROBLEMS: dict[str, Kind] = {
     "token_expired": Kind(401, "The access token has expired"),
     "wrong_credentials": Kind(401, "Email or password is wrong"),
     "forbidden": Kind(403, "Your role may not do this"),
+    "invalid_refresh_token": Kind(401, "The refresh token is not valid"),
+    "refresh_token_reused": Kind(401, "The refresh token was used before, so its session has ended"),
+    "sign_in_throttled": Kind(429, "Too many attempts with a password", retryable=True),
+    "registration_throttled": Kind(429, "Too many registrations from your address", retryable=True),
+    "mail_throttled": Kind(429, "Too many mails were asked for", retryable=True),
     # accounts
     "email_taken": Kind(409, "There is an account with this email"),
     "common_password": Kind(422, "This password is too common"),
+    "wrong_password": Kind(403, "The password is wrong"),
+    "account_blocked": Kind(403, "This account is blocked"),
+    "invalid_mail_token": Kind(422, "The token from the mail is not valid, or no longer"),
+    "too_many_addresses": Kind(409, "There is no room for another address"),
+    "last_admin": Kind(409, "This is the last admin"),
+    "admin_account": Kind(409, "This is an admin's account"),
     # idempotency
     "idempotency_key_required": Kind(400, "An Idempotency-Key header is required"),
     "invalid_idempotency_key": Kind(400, "The Idempotency-Key header is not valid"),
@@ -62,6 +73,7 @@ PROBLEMS: dict[str, Kind] = {
     "overloaded": Kind(503, "Too many requests at once", retryable=True),
     "shutting_down": Kind(503, "This process is shutting down", retryable=True),
     "store_unavailable": Kind(503, "The store is not available now", retryable=True),
+    "contended": Kind(503, "Others kept changing the same record", retryable=True),
     "outcome_unknown": Kind(503, "The request may or may not have taken effect", retryable=True),
 }
 

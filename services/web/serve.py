@@ -24,6 +24,7 @@ from msgspec import Struct
 
 import kvstore
 from services.web.app import STATE
+from services.web.clients import TRUSTED_PROXIES, parse_network
 from services.web.limits import Limit
 from services.web.logs import AccessLog
 
@@ -55,11 +56,14 @@ class Serving(Struct, frozen=True, kw_only=True):
     shared_port: bool = False
     access_log: AccessLog | None = None
     limit: Limit | None = None
+    trusted_proxies: tuple[str, ...] = ()
 
 
 def run_service(build: BuildApp, serving: Serving) -> None:
-    """Serve until a signal. Raises `CannotServe`, and ValueError for endpoints that are none."""
+    """Serve until a signal. Raises `CannotServe`, and ValueError for endpoints or networks that are none."""
     check_host(serving.host, serving.insecure)
+    for network in serving.trusted_proxies:
+        parse_network(network)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(build, serving))
 
@@ -92,6 +96,7 @@ async def _serve(build: BuildApp, serving: Serving) -> None:
         _follow_parent(loop, stop)
     async with kvstore.connect(serving.endpoints) as store:
         app = build(store, serving.access_log, serving.limit)
+        app[TRUSTED_PROXIES] = tuple(parse_network(network) for network in serving.trusted_proxies)
         runner = web.AppRunner(
             app,
             access_log=None,  # ours is in the application

@@ -5,9 +5,10 @@ Rules:
    absent-compare, so that any number of processes starting at once end with the same one.
 2. Algorithm, audience and issuer are pinned at verification; `kid` in the token's header only picks among the keys
    in the store.
-3. Keys are cached. An unknown `kid` makes the cache read the store again, at most once per `REFRESH_INTERVAL_S`, so
-   that forged tokens cannot load the store; whoever signs re-reads the current key after `CURRENT_AGE_S`.
-4. A token that was verified once is not verified again until it expires: a bounded cache by the whole token, signature
+3. Keys are cached for `CURRENT_AGE_S`. An unknown `kid` makes the cache read the store again, at most once per
+   `REFRESH_INTERVAL_S`, so that forged tokens cannot load the store.
+4. Tokens of a session that has ended are refused: see `ended.py` for how soon.
+5. A token that was verified once is not verified again until it expires: a bounded cache by the whole token, signature
    included, emptied when the keys change.
 
 HS256, because whoever verifies can read the store and so could sign as well: a key pair would protect nothing more.
@@ -29,6 +30,7 @@ from msgspec import Struct
 
 import kvstore
 from services.web.answers import CALLER_ID
+from services.web.ended import EndedSessions
 from services.web.ids import now_ms, parse_id
 from services.web.problems import Problem
 
@@ -39,6 +41,8 @@ AUDIENCE: Final = "services"
 REFRESH_INTERVAL_S: Final = 1.0
 CURRENT_AGE_S: Final = 60.0
 _CLOCK_SKEW_S: Final = 5  # between the machines of two services
+# A token is good for so long after it was issued, by any process's clock.
+TOKEN_GONE_AFTER_S: Final = TOKEN_TTL_S + 2 * _CLOCK_SKEW_S
 _VERIFIED_MAX: Final = 8192  # some 5 MiB; more users than that within ten minutes are verified anew, 40 µs each
 _TOKEN_CHARS_MAX: Final = 4096  # ours have some 300
 
@@ -57,6 +61,7 @@ class Caller(NamedTuple):
 
     user_id: int
     role: Role
+    session_id: str = ""  # of whoever signed in; a service's own token has none
 
     @property
     def is_staff(self) -> bool:
@@ -79,7 +84,7 @@ class SigningKeys:
     """The keys in the store, cached. One per process."""
 
     def __init__(self, store: kvstore.Client, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._store = store
+        self.store = store
         self._clock_s = clock_s
         self._keys: dict[str, SigningKey] = {}
         self._current = ""
@@ -92,6 +97,8 @@ class SigningKeys:
 
     async def find(self, kid: str) -> SigningKey | None:
         """The key with that id; asks the store about an unknown one, but not more often than the interval."""
+        if self._clock_s() - self._loaded_at > CURRENT_AGE_S:  # it may have been rotated out
+            await self._refresh(CURRENT_AGE_S)
         key = self._keys.get(kid)
         if key is None:
             await self._refresh(REFRESH_INTERVAL_S)
@@ -101,7 +108,7 @@ class SigningKeys:
     async def current(self) -> SigningKey:
         """The key to sign with; made now if the store has none yet."""
         if not self._current or self._clock_s() - self._loaded_at > CURRENT_AGE_S:
-            await self._refresh(0.0)
+            await self._refresh(CURRENT_AGE_S if self._current else 0.0)
         if not self._current:
             await self._create()
             await self._refresh(0.0)
@@ -111,7 +118,7 @@ class SigningKeys:
         async with self._loading:  # who waited here finds what the other has just read
             if self._clock_s() - self._loaded_at < at_most_every_s:
                 return
-            found = await self._store.txn(
+            found = await self.store.txn(
                 success=[
                     kvstore.Range(KEY_PREFIX, kvstore.prefix_end(KEY_PREFIX)),
                     kvstore.Range(CURRENT_KEY),
@@ -130,7 +137,7 @@ class SigningKeys:
 
     async def _create(self) -> None:
         key = SigningKey(secrets.token_hex(8), ALGORITHM, secrets.token_bytes(32), now_ms())
-        await self._store.txn(
+        await self.store.txn(
             compare=[kvstore.Compare(CURRENT_KEY, kvstore.Target.VERSION, kvstore.Relation.EQUAL, 0)],
             success=[
                 kvstore.Put(KEY_PREFIX + key.kid.encode(), msgspec.json.encode(key)),
@@ -145,10 +152,11 @@ class Tokens:
     def __init__(self, keys: SigningKeys, clock_s: Callable[[], float] = time.time) -> None:
         self._keys = keys
         self._clock_s = clock_s
+        self.ended = EndedSessions(keys.store, TOKEN_GONE_AFTER_S)
         self._verified: dict[str, tuple[Caller, float]] = {}
         self._generation = 0
 
-    async def issue(self, user_id: int, role: Role) -> str:
+    async def issue(self, user_id: int, role: Role, session_id: str = "") -> str:
         key = await self._keys.current()
         now = int(self._clock_s())
         claims = {
@@ -160,6 +168,8 @@ class Tokens:
             "exp": now + TOKEN_TTL_S,
             "jti": secrets.token_hex(8),
         }
+        if session_id:
+            claims["sid"] = session_id
         return jwt.encode(claims, key.secret, algorithm=ALGORITHM, headers={"kid": key.kid})
 
     async def caller(self, request: web.Request) -> Caller:
@@ -179,12 +189,16 @@ class Tokens:
             self._verified.clear()
             self._generation = self._keys.generation
         seen = self._verified.get(token)
-        if seen is not None:
-            if self._clock_s() < seen[1]:
-                return seen[0]
+        if seen is None:
+            caller = await self._verify(token)
+        elif self._clock_s() < seen[1]:
+            caller = seen[0]
+        else:
             del self._verified[token]
-            raise _refuse("token_expired", "Sign in again")
-        return await self._verify(token)
+            raise _refuse("token_expired", "Refresh your session, or sign in again")
+        if caller.session_id and await self.ended.has(caller.session_id):
+            raise _refuse("invalid_token", "The session of this token has ended; sign in again")
+        return caller
 
     async def _verify(self, token: str) -> Caller:
         try:
@@ -206,14 +220,15 @@ class Tokens:
             )
             user_id = parse_id(claims["sub"])
             role = Role(claims["role"])
+            session_id = str(claims.get("sid", ""))
             expires_at = float(claims["exp"])
         except (jwt.InvalidTokenError, KeyError, TypeError, ValueError):
             raise _refuse("invalid_token", "The token's signature or claims are not right") from None
         if user_id is None:
             raise _refuse("invalid_token", "The token names no user")
         if self._clock_s() >= expires_at + _CLOCK_SKEW_S:
-            raise _refuse("token_expired", "Sign in again")
-        caller = Caller(user_id, role)
+            raise _refuse("token_expired", "Refresh your session, or sign in again")
+        caller = Caller(user_id, role, session_id)
         if len(self._verified) >= _VERIFIED_MAX:
             self._verified.clear()  # simpler than an order of use, and as good: most are verified once
         self._verified[token] = (caller, expires_at + _CLOCK_SKEW_S)

@@ -3,11 +3,14 @@
 | key | holds |
 |---|---|
 | `step/{due, 16 digits of milliseconds}/{kind}/{subject}` | `Step`: to be done from then on |
+| `step-{queue}/{due}/{kind}/{subject}` | the same, of a service whose workers are its own |
 | `claim/{kind}/{subject}` | who is at it, under that worker's lease: it goes when the worker does |
 | `parked/{kind}/{subject}` | `ParkedStep`: needs a person |
 
 A step is written by the transaction that makes it necessary (`put`), so it is there if and only if its cause is. It is
-named by its kind and subject (`expire`, `order/12`), so that the same cause cannot ask for it twice.
+named by its kind and subject (`expire`, `order/12`), so that the same cause cannot ask for it twice. Workers look at
+one queue, so that those of one service neither park nor wait for what only another's can do; kinds are unique among
+all queues.
 
 Doing it
 1. A worker creates the claim, in a transaction that compares that there is none and that the step is as it was seen.
@@ -51,10 +54,11 @@ class Step(Struct, frozen=True, tag_field="v", tag=1):
     arguments: dict[str, Any] = {}
     attempt: int = 0
     code: str = ""
+    queue: str = ""
 
     @property
     def key(self) -> bytes:
-        return step_key(self.kind, self.subject, self.due_ms)
+        return step_key(self.kind, self.subject, self.due_ms, self.queue)
 
 
 class ParkedStep(Struct, frozen=True, tag_field="v", tag=1):
@@ -91,19 +95,24 @@ decode_parked = msgspec.json.Decoder(ParkedStep).decode
 _encode = msgspec.json.Encoder().encode
 
 
-def step_key(kind: str, subject: str, due_ms: int) -> bytes:
-    return b"%b%016d/%b" % (STEPS, due_ms, _name(kind, subject))
+def steps_of(queue: str) -> bytes:
+    """What the keys of a queue's steps begin with."""
+    return f"step-{queue}/".encode() if queue else STEPS
 
 
-def put(kind: str, subject: str, *, due_ms: int | None = None, **arguments: Any) -> kvstore.Put:
+def step_key(kind: str, subject: str, due_ms: int, queue: str = "") -> bytes:
+    return b"%b%016d/%b" % (steps_of(queue), due_ms, _name(kind, subject))
+
+
+def put(kind: str, subject: str, *, due_ms: int | None = None, queue: str = "", **arguments: Any) -> kvstore.Put:
     """For the transaction that makes the step necessary; due at once unless `due_ms` says when."""
     now = now_ms()
-    return _put(Step(kind, subject, now if due_ms is None else due_ms, now, arguments))
+    return _put(Step(kind, subject, now if due_ms is None else due_ms, now, arguments, queue=queue))
 
 
-def cancel(kind: str, subject: str, due_ms: int) -> kvstore.Delete:
+def cancel(kind: str, subject: str, due_ms: int, queue: str = "") -> kvstore.Delete:
     """For the transaction that makes it needless. A worker that is at it already finds what has changed by itself."""
-    return kvstore.Delete(step_key(kind, subject, due_ms))
+    return kvstore.Delete(step_key(kind, subject, due_ms, queue))
 
 
 def backoff_s(attempt: int) -> float:

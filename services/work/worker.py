@@ -16,7 +16,7 @@ import structlog
 
 import kvstore
 from services.web.ids import now_ms
-from services.work.steps import STEPS, Again, ClaimLost, Park, Step, StepRun, decode_step
+from services.work.steps import Again, ClaimLost, Park, Step, StepRun, decode_step, steps_of
 
 # A dead worker's steps wait so long for another one; a keep-alive goes out three times meanwhile.
 LEASE_S: Final = 10.0
@@ -37,11 +37,13 @@ class Worker:
         store: kvstore.Client,
         handlers: Mapping[str, Handler],
         *,
+        queue: str = "",
         lease_s: float = LEASE_S,
         chance: random.Random | None = None,
     ) -> None:
         self._store = store
         self._handlers = handlers
+        self._steps = steps_of(queue)
         self._lease_s = lease_s
         self._chance = chance or random.Random()
         self._running: dict[bytes, asyncio.Task[None]] = {}
@@ -77,7 +79,7 @@ class Worker:
         """Be woken by each new step."""
         while True:
             try:
-                async with self._store.watch(prefix=STEPS, deletes=False) as events:
+                async with self._store.watch(prefix=self._steps, deletes=False) as events:
                     async for _ in events:
                         self._woken.set()
             except kvstore.KvError:
@@ -86,7 +88,7 @@ class Worker:
     async def _start_due(self, group: asyncio.TaskGroup, lease: int) -> float:
         """Begin what is due, as far as there is room. How many seconds to wait if nothing happens."""
         now = now_ms()
-        found = await self._store.range(STEPS, b"%b%016d0" % (STEPS, now), limit=LOOK_AT)
+        found = await self._store.range(self._steps, b"%b%016d0" % (self._steps, now), limit=LOOK_AT)
         due = [record for record in found.records if record.key not in self._running]
         self._chance.shuffle(due)  # so that workers seldom want the same one
         for record in due:
@@ -96,7 +98,8 @@ class Worker:
             task = group.create_task(self._do(step, record.mod_revision, lease))
             self._running[record.key] = task
             task.add_done_callback(partial(self._done, record.key))
-        following = await self._store.range(b"%b%016d0" % (STEPS, now), kvstore.prefix_end(STEPS), limit=1)
+        end = kvstore.prefix_end(self._steps)
+        following = await self._store.range(b"%b%016d0" % (self._steps, now), end, limit=1)
         if following.records:
             due_ms = decode_step(following.records[0].value).due_ms
             return min(LOOK_EVERY_S, max(0.0, (due_ms - now_ms()) / 1000))

@@ -1,0 +1,44 @@
+"""Leases that many records share, for records that end some day: one lease for each would cost as much as the record,
+and the store holds half a million leases at most."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+import kvstore
+
+# The store allows 16,384 records under one lease; they are all deleted in one entry of its log.
+LEASE_RECORDS_MAX: Final = 10_000
+
+
+class SharedLease:
+    """Hands out a lease that records are put under. Each is kept for `kept_s` at least, and for two `fills_s` more at
+    most (one while the lease fills, one for clocks that differ). One per process and kind of record."""
+
+    def __init__(
+        self, store: kvstore.Client, kept_s: float, fills_s: float, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._kept_s = kept_s
+        self._fills_s = fills_s
+        self._clock_s = clock_s
+        self._granting = asyncio.Lock()
+        self._lease = self._room = 0
+        self._fills_until_s = 0.0
+
+    async def take(self, records: int = 1) -> int:
+        """The lease for so many more records. (Many never come to be: a request that is refused writes none.)"""
+        if not self._has_room(records):
+            async with self._granting:
+                if not self._has_room(records):
+                    granted_at_s = self._clock_s()
+                    self._lease = (await self._store.grant_lease(self._kept_s + 2 * self._fills_s)).lease
+                    self._room, self._fills_until_s = LEASE_RECORDS_MAX, granted_at_s + self._fills_s
+        self._room -= records
+        return self._lease
+
+    def _has_room(self, records: int) -> bool:
+        return self._room >= records and self._clock_s() < self._fills_until_s
