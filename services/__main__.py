@@ -1,4 +1,4 @@
-"""`python -m services`: run a service, create staff, or walk through the whole.
+"""`python -m services`: run a service, create staff, rotate keys, or walk through the whole.
 
 Exit codes: 0 done; 1 it could not be done, and standard error says why; 2 wrong usage.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -21,6 +21,7 @@ from services.web.serve import WORKERS_MAX, BuildApp, CannotServe, Serving, chec
 
 # The three nodes of `kvstore dev`.
 DEV_ENDPOINTS: Final = "127.0.0.1:7421,127.0.0.1:7422,127.0.0.1:7423"
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 endpoints_option = click.option(
@@ -49,6 +50,11 @@ def serving_options(default_port: int) -> Callable[[F], F]:
             show_default=True,
             help="Processes on this port; one for each core that the service may use.",
         )(command)
+        command = click.option(
+            "--trusted-proxy",
+            multiple=True,
+            help="A network, as 10.0.0.0/8, whose X-Forwarded-For is believed; this machine's always is.",
+        )(command)
         command = click.option("--insecure", is_flag=True, help="Listen on a public address without TLS.")(command)
         command = click.option("--access-log/--no-access-log", default=True, help="One line for each request.")(command)
         command = click.option("--port", type=click.IntRange(0, 65535), default=default_port, show_default=True)(
@@ -70,11 +76,40 @@ def main() -> None:
 
 @main.command()
 @serving_options(8001)
-def users(**options: Any) -> None:
-    """Serve accounts: register, sign in, read oneself."""
-    from services.users.app import create_app
+@click.option("--mailer", help="Who sends mail: module:function, which makes it. Without: files, for development.")
+@click.option("--mail-directory", default="data/mail", show_default=True, help="Where the files go.")
+@click.option(
+    "--history-hours", type=click.IntRange(0, 100_000), default=1, show_default=True,
+    help="As the nodes' --history-age: for the date by which an erased account is gone.",
+)  # fmt: skip
+@click.option(
+    "--log-hours", type=click.IntRange(0, 100_000), default=24, show_default=True,
+    help="How old the oldest entry in a node's log may be.",
+)  # fmt: skip
+@click.option(
+    "--backup-days", type=click.IntRange(0, 10_000), default=30, show_default=True,
+    help="When the last of today's backups is deleted.",
+)  # fmt: skip
+def users(
+    mailer: str | None, mail_directory: str, history_hours: int, log_hours: int, backup_days: int, **options: Any
+) -> None:
+    """Serve accounts: register, sign in, change, erase; for admins: find, block, audit."""
+    from functools import partial
 
-    _serve("users", create_app, **options)
+    from services.users.app import create_app
+    from services.users.erasure import Retention
+    from services.users.mail import CannotMail, FileMailer, load_mailer
+    from services.users.parts import Settings
+
+    retention = Retention(history_s=history_hours * 3600, log_s=log_hours * 3600, backups_s=backup_days * 24 * 3600)
+    try:
+        sender = load_mailer(mailer) if mailer else FileMailer(mail_directory)
+    except CannotMail as error:
+        raise click.ClickException(str(error)) from None
+    more = [f"--mail-directory={mail_directory}", *([f"--mailer={mailer}"] if mailer else [])]
+    more += [f"--history-hours={history_hours}", f"--log-hours={log_hours}", f"--backup-days={backup_days}"]
+    settings = Settings(mailer=sender, retention=retention)
+    _serve("users", partial(create_app, settings=settings), more, **options)
 
 
 @main.command()
@@ -83,7 +118,7 @@ def orders(**options: Any) -> None:
     """Serve products, their stock, and orders."""
     from services.orders.app import create_app
 
-    _serve("orders", create_app, **options)
+    _serve("orders", create_app, [], **options)
 
 
 @main.command("sandbox-psp")
@@ -116,12 +151,18 @@ def sandbox_psp(**options: Any) -> None:
 @main.command("create-staff")
 @endpoints_option
 @click.option("--email", required=True)
+@click.option(
+    "--role", type=click.Choice(["staff", "admin"]), default="staff", show_default=True,
+    help="Staff put products and stock, and read accounts; admins change accounts as well.",
+)  # fmt: skip
 @click.option("--name", default="Staff", show_default=True)
 @click.option("--age", type=click.IntRange(0, 150), default=0, help="Only because every account has one.")
 @click.option("--password-stdin", is_flag=True, help="Read the password from the first line of standard input.")
 @click.option("--replace", is_flag=True, help="If the account is there, give it this password and the role.")
-def create_staff(endpoints: str, email: str, name: str, age: int, password_stdin: bool, replace: bool) -> None:
-    """Create an account that may put products and stock, straight in the store.
+def create_staff(
+    endpoints: str, email: str, role: str, name: str, age: int, password_stdin: bool, replace: bool
+) -> None:
+    """Create an account of staff or an admin, straight in the store.
 
     The password comes from standard input with --password-stdin, else from STAFF_PASSWORD, else from a prompt.
     """
@@ -131,30 +172,35 @@ def create_staff(endpoints: str, email: str, name: str, age: int, password_stdin
         password = os.environ.get("STAFF_PASSWORD") or click.prompt(
             "Password", hide_input=True, confirmation_prompt=True
         )
-    try:
-        user_id = uvloop.run(_create_staff(endpoints, email, password, name, age, replace))
-    except Problem as problem:
-        raise click.ClickException(f"{problem.kind.title}: {problem.detail} [{problem.code}]") from None
-    except (kvstore.KvError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(f"staff account {user_id} for {email}")
 
+    async def create() -> int:
+        from services.users.parts import create_staff as create_account
+        from services.users.passwords import check_length
+        from services.web.tokens import Role
 
-async def _create_staff(endpoints: str, email: str, password: str, name: str, age: int, replace: bool) -> int:
-    from services.users.accounts import Accounts
-    from services.users.passwords import Passwords, check_length
-    from services.web.tokens import Role
-
-    check_length(password)
-    passwords = Passwords()
-    try:
+        check_length(password)
         async with kvstore.connect(endpoints) as store:
-            accounts = Accounts(store, passwords)
-            if replace:
-                return (await accounts.ensure(email, password, name, age, Role.STAFF)).id
-            return (await accounts.register(email, password, name, age, Role.STAFF)).id
-    finally:
-        passwords.close()
+            return (await create_account(store, email, password, name, age, Role(role), replace=replace)).id
+
+    click.echo(f"{role} account {_run(create())} for {email}")
+
+
+@main.command("rotate-keys")
+@endpoints_option
+@click.option("--drop-old", is_flag=True, help="Somebody else may have the old key: refuse what it signed.")
+def rotate_keys(endpoints: str, drop_old: bool) -> None:
+    """Sign access tokens with a new key.
+
+    Older keys are kept until what they signed has expired (ten minutes or so), then go by themselves.
+    """
+
+    async def turn() -> str:
+        from services.web.key_rotation import rotate
+
+        async with kvstore.connect(endpoints) as store:
+            return await rotate(store, drop_old=drop_old)
+
+    click.echo(f"tokens are signed with key {_run(turn())} within a minute")
 
 
 @main.command()
@@ -171,9 +217,20 @@ def demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: b
     sys.exit(asyncio.run(run_demo(endpoints, users_url, orders_url, data_dir, stay, as_json)))
 
 
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """What a command does in the store; why it cannot, as a command says it."""
+    try:
+        return uvloop.run(work)
+    except Problem as problem:
+        raise click.ClickException(f"{problem.kind.title}: {problem.detail} [{problem.code}]") from None
+    except (kvstore.KvError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+
+
 def _serve(
     service: str,
     build: BuildApp,
+    more: list[str],
     *,
     endpoints: str,
     host: str,
@@ -183,7 +240,9 @@ def _serve(
     workers: int,
     requests_per_minute: int,
     shared_port: bool,
+    trusted_proxy: tuple[str, ...],
 ) -> None:
+    """`more` are the service's own options, for the workers that share its port."""
     from services.web.limits import Limit
     from services.web.logs import AccessLog, configure_logs
     from services.web.workers import command_of, run_workers
@@ -194,7 +253,8 @@ def _serve(
             check_host(host, insecure)
             options = [f"--endpoints={endpoints}", f"--host={host}", f"--port={port}"]
             options += ["--access-log" if access_log else "--no-access-log", *(["--insecure"] if insecure else [])]
-            options += [f"--requests-per-minute={requests_per_minute}"]
+            options += [f"--requests-per-minute={requests_per_minute}", *more]
+            options += [f"--trusted-proxy={network}" for network in trusted_proxy]
             sys.exit(run_workers(command_of(service, options), workers, host, port))
         run_service(
             build,
@@ -206,6 +266,7 @@ def _serve(
                 shared_port=shared_port,
                 access_log=AccessLog(service) if access_log else None,
                 limit=Limit(service, requests_per_minute) if requests_per_minute else None,
+                trusted_proxies=trusted_proxy,
             ),
         )
     except (CannotServe, ValueError) as error:

@@ -20,8 +20,7 @@ import kvstore
 from services.demo.cluster import CannotWalk, DevCluster, LocalCluster
 from services.demo.report import Report, Step
 from services.demo.shopper import Shopper
-from services.users.accounts import Accounts
-from services.users.passwords import Passwords
+from services.users.parts import create_staff
 from services.web.tokens import Role
 
 _READY_WITHIN_S: Final = 90.0  # from a cold start, on a busy machine
@@ -168,11 +167,7 @@ class _Walk:
         return whole
 
     async def _create_staff(self, password: str) -> None:
-        passwords = Passwords()
-        try:
-            await Accounts(self._store, passwords).ensure(STAFF_EMAIL, password, "Demo Staff", 40, Role.STAFF)
-        finally:
-            passwords.close()
+        await create_staff(self._store, STAFF_EMAIL, password, "Demo Staff", 40, Role.STAFF, replace=True)
 
     async def _until(self, what: str, attempt: Callable[[], Awaitable[T]], within_s: float) -> T:
         """The result of the first `attempt` that does not raise. Raises `CannotWalk` with the last reason."""

@@ -46,16 +46,16 @@ def check_length(password: str) -> None:
         raise field_problem("/password", "invalid_value", wanted)
 
 
-def check_password(password: str, email: str) -> None:
+def check_password(password: str, email: str, pointer: str = "/password") -> None:
     """Raises `Problem` for a password that may not be chosen. Its length is checked before."""
     folded = password.casefold()
     if folded in _COMMON or len(set(folded)) == 1:
         raise field_problem(
-            "/password", "common_password", "This password is among the most common ones", problem="common_password"
+            pointer, "common_password", "This password is among the most common ones", problem="common_password"
         )
     if folded in (email.casefold(), email.casefold().partition("@")[0]):
         raise field_problem(
-            "/password", "common_password", "The email is no password for itself", problem="common_password"
+            pointer, "common_password", "The email is no password for itself", problem="common_password"
         )
 
 

@@ -53,3 +53,17 @@ def precondition(request: web.Request, key: bytes) -> kvstore.Compare | None:
     elif if_match is None and if_none_match == "*":
         return kvstore.Compare(key, kvstore.Target.VERSION, kvstore.Relation.EQUAL, 0)
     raise Problem("malformed_request", 'Send one of: If-Match: "<ETag>", If-Match: *, If-None-Match: *')
+
+
+def check_match(request: web.Request, key: bytes, revision: int) -> None:
+    """Raises `Problem` `precondition_failed` unless the record at `key`, which has that revision (0: there is none), is
+    what the request demands. For a write that compares that very revision again."""
+    demanded = precondition(request, key)
+    if demanded is None:
+        return
+    if demanded.target is kvstore.Target.MOD_REVISION:
+        holds = demanded.operand == revision
+    else:
+        holds = (revision > 0) is (demanded.relation is kvstore.Relation.GREATER)
+    if not holds:
+        raise Problem("precondition_failed", "Read it again, then change what you find")

@@ -14,8 +14,9 @@ import msgspec
 import pytest
 from yarl import URL
 
-from services.users.accounts import normalise_email, user_key
+from services.users.credentials import normalise_email
 from services.users.passwords import HASHING_MAX, Passwords
+from services.users.records import user_key
 from services.web.problems import Problem
 from services.web.tokens import ALGORITHM, AUDIENCE, CURRENT_KEY, ISSUER, Role, SigningKeys, Tokens
 from tests.services.shop import PASSWORD, Shop, problem
