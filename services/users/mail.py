@@ -58,6 +58,8 @@ def load_mailer(name: str) -> Mailer:
         make = getattr(importlib.import_module(match[1]), match[2])
     except (ImportError, AttributeError) as error:
         raise CannotMail(f"there is no mailer {name}: {error}") from None
+    if not callable(make):
+        raise CannotMail(f"{name} is no function")
     mailer: Mailer = make()
     if not callable(getattr(mailer, "send", None)):
         raise CannotMail(f"what {name} returns has no `send`")

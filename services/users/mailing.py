@@ -31,6 +31,7 @@ from services.users.records import (
     secret_hash,
     user_key,
 )
+from services.web.ids import now_ms
 from services.web.leases import SharedLease
 from services.work import steps
 from services.work.steps import Again, StepRun
@@ -109,7 +110,7 @@ class Mailing:
         step = run.step
         purpose, user_id = str(step.arguments["purpose"]), int(step.arguments["user"])
         mail = None
-        if self._clock_ms() <= step.created_ms + WANTED_S * 1000:
+        if now_ms() <= step.created_ms + WANTED_S * 1000:
             mail = await self._mail(purpose, user_id, step.subject, str(step.arguments["to"]))
         if mail is not None:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import uuid
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import kvstore
 from services.orders.app import create_app as create_orders
+from services.users.accounts import move_role
 from services.users.app import create_app as create_users
+from services.users.credentials import read_user
+from services.users.mail import Mail
+from services.users.parts import Settings
+from services.users.records import encode, user_key
+from services.web.ids import now_ms
 from services.web.tokens import Role, SigningKeys, Tokens
 
 PASSWORD = "correct horse battery staple"
@@ -35,6 +42,43 @@ class Person:
         return {**self.headers, "Idempotency-Key": key or uuid.uuid4().hex}
 
 
+class Clock:
+    """The user service's clock: the real one, and as far ahead as a test says."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def now_ms(self) -> int:
+        return now_ms() + int(self.ahead_s * 1000)
+
+
+class Outbox:
+    """A mailer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.mails: list[Mail] = []
+        self.failures = 0
+        self._came = asyncio.Event()
+
+    async def send(self, mail: Mail) -> None:
+        if self.failures > 0:
+            self.failures -= 1
+            raise OSError("the mail server is down")
+        self.mails.append(mail)
+        self._came.set()
+
+    async def next(self, kind: str) -> Mail:
+        """The first mail of that kind, which is then taken out; waits for it."""
+        async with asyncio.timeout(10):
+            while True:
+                for mail in self.mails:
+                    if mail.kind == kind:
+                        self.mails.remove(mail)
+                        return mail
+                self._came.clear()
+                await self._came.wait()
+
+
 class Shop:
     """`customer` and `staff` are people with tokens and no accounts: orders never look at accounts, and hashing
     passwords takes its time on purpose. `register` makes a real one."""
@@ -42,7 +86,9 @@ class Shop:
     def __init__(self, store: kvstore.Client, *, with_users: bool = True) -> None:
         self.store = store
         self._with_users = with_users
-        self.users: TestClient[Any, Any] = TestClient(TestServer(create_users(store)))
+        self.clock, self.outbox = Clock(), Outbox()
+        settings = Settings(mailer=self.outbox, clock_ms=self.clock.now_ms)
+        self.users: TestClient[Any, Any] = TestClient(TestServer(create_users(store, settings=settings)))
         self.orders: TestClient[Any, Any] = TestClient(TestServer(create_orders(store)))
         self._tokens = Tokens(SigningKeys(store))
 
@@ -68,12 +114,22 @@ class Shop:
         number = next(_numbers)
         return Person(number, f"{role}{number}@example.com", await self._tokens.issue(number, role))
 
-    async def register(self) -> Person:
+    async def register(self, role: Role = Role.CUSTOMER) -> Person:
+        """Someone with an account, signed in. A role beside that of customers is given as an operator would."""
         email = f"customer{next(_numbers)}@example.com"
         body = {"email": email, "password": PASSWORD, "name": "Ada", "age": 36}
         answer = await self.users.post("/v1/users", json=body)
         assert answer.status == 201, await answer.text()
+        if role is not Role.CUSTOMER:
+            await self._give_role((await answer.json())["id"], role)
         return await self.sign_in(email)
+
+    async def _give_role(self, user_id: int, role: Role) -> None:
+        async def body(txn: kvstore.Transaction) -> None:
+            user = await move_role(txn, (await read_user(txn, user_id)).user, role)
+            txn.put(user_key(user_id), encode(user))
+
+        await self.store.run_transaction(body)
 
     async def sign_in(self, email: str, password: str = PASSWORD) -> Person:
         answer = await self.users.post("/v1/sessions", json={"email": email, "password": password})
@@ -103,6 +159,11 @@ class Shop:
     async def _number(self, key: str) -> int:
         record = await self.store.get(key.encode())
         return 0 if record is None else int(record.value)
+
+
+def plain_headers(answer: ClientResponse) -> dict[str, str]:
+    """Without those that no two answers share."""
+    return {name: value for name, value in answer.headers.items() if name.lower() not in ("x-request-id", "date")}
 
 
 async def problem(answer: ClientResponse, status: int, code: str) -> dict[str, Any]:
