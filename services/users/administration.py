@@ -7,6 +7,7 @@ otherwise are refused within ten seconds.
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated
 
 import msgspec
@@ -55,7 +56,7 @@ class Administration:
             wrong = FieldError("/role", "invalid_value", "Filter by email or by role, not both", "query")
             raise Problem("invalid_parameter", wrong.message, errors=(wrong,))
         if query.email is not None:
-            prefix = EMAILS + query.email.strip().casefold().encode("utf-8", "replace")
+            prefix = EMAILS + unicodedata.normalize("NFKC", query.email.strip()).casefold().encode("utf-8", "replace")
             return await page_of(self._store, prefix, query, self._by_email)
         prefix = NEWEST if query.role is None else roles_of(query.role)
         return await page_of(self._store, prefix, query, self._by_index)

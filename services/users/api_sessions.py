@@ -7,6 +7,7 @@ from typing import Annotated
 from aiohttp import web
 from msgspec import Meta
 
+import kvstore
 from services.users.audit import origin_of
 from services.users.bodies import (
     AcceptedBody,
@@ -22,7 +23,7 @@ from services.users.bodies import (
 )
 from services.users.parts import Parts
 from services.users.records import Session, encode
-from services.users.sessions import Granted
+from services.users.sessions import GRACE_S, Granted
 from services.web.answers import CALLER_ID, json_response
 from services.web.endpoints import Access, Call, delete, get, post
 from services.web.ids import now_ms, timestamp
@@ -66,7 +67,12 @@ class SessionsApi:
         answer that was lost. Sent again later, or after its successor was used, it ends the session, because somebody
         may have a copy. An Authorization header is passed over.
         """
-        return await self._answer(call, await self._sessions.refresh(body.refresh_token, origin_of(call.request)), 200)
+        try:
+            granted = await self._sessions.refresh(body.refresh_token, origin_of(call.request))
+        except kvstore.OutcomeUnknown:
+            again = f"Send the same request again within {GRACE_S} s: whether it was done or not, that is safe"
+            raise Problem("outcome_unknown", again, retryable=True) from None
+        return await self._answer(call, granted, 200)
 
     @get("/v1/sessions", {200: SessionList}, access=Access.SIGNED_IN)
     async def list_sessions(self, call: Call) -> web.Response:

@@ -120,7 +120,9 @@ class AuditLog:
             origin.request_id,
             details or {},
         )
-        indexes = [activity_key(user_id, entry.at_ms, entry.id) for user_id in sorted({actor, subject})]
+        # What nobody did is filed under its subject only: as much is written for an account that is not there.
+        about = {subject, actor or subject}
+        indexes = [activity_key(user_id, entry.at_ms, entry.id) for user_id in sorted(about)]
         return [
             kvstore.Put(audit_key(entry.at_ms, entry.id), encode(entry), lease=lease),
             *(kvstore.Put(key, b"", lease=lease) for key in indexes),

@@ -30,7 +30,7 @@ from services.users.throttle import (
 from services.web.clients import counted_address
 from services.web.problems import Problem, field_problem
 
-EMAIL_CHARS_MAX: Final = 254
+EMAIL_BYTES_MAX: Final = 254  # of RFC 5321's path, without its brackets
 _KNOWN_MAX: Final = 20  # homes, offices and carriers of the last months
 
 
@@ -42,11 +42,11 @@ def normalise_email(email: str, pointer: str = "/email") -> str:
     if (
         not at
         or not 1 <= len(local) <= 64
-        or len(text) > EMAIL_CHARS_MAX
         or "@" in local
         or len(labels) < 2
         or not all(labels)
         or not text.isprintable()
+        or len(text.encode()) > EMAIL_BYTES_MAX
         or any(character.isspace() for character in text)
     ):
         raise field_problem(pointer, "invalid_value", "This is no email address")

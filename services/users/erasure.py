@@ -104,7 +104,7 @@ class AccountExport(Struct, frozen=True):
 
 class ExportBody(Struct, frozen=True):
     """`activity_is_complete` is false where there is more at `/v1/users/me/activity`. Of secrets (the password, tokens)
-    only hashes are held; they are left out."""
+    only hashes are held; they are left out, and so are the counts of attempts, which are those of the activity."""
 
     exported_at: str
     account: AccountExport

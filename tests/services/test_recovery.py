@@ -12,7 +12,7 @@ import pytest
 import kvstore
 from services.users.mail import CannotMail, FileMailer, Mail, load_mailer
 from services.users.mailing import KIND, TOKEN_TTL_S, mail_step
-from services.users.records import email_key, mailed_of
+from services.users.records import email_key, mailed_of, sessions_of
 from services.web.ids import now_ms
 from services.work import steps
 from tests.services.shop import PASSWORD, Outbox, Person, Shop, plain_headers, problem
@@ -79,6 +79,21 @@ async def test_of_two_password_changes_at_once_one_wins(shop: Shop) -> None:
     assert await sign_in_status(shop, ada.email, f"{NEW} {winner}") == 201
 
 
+async def test_who_refreshes_during_a_password_change_is_out(shop: Shop) -> None:
+    ada = await shop.register()
+    body = {"email": ada.email, "password": PASSWORD}
+    other = await (await shop.users.post("/v1/sessions", json=body)).json()
+
+    async def refresh() -> Any:
+        token = {"refresh_token": other["refresh_token"]}
+        return await shop.users.post("/v1/sessions/refresh", json=token)
+
+    changed, *_ = await asyncio.gather(change(shop, ada, PASSWORD, NEW), *(refresh() for _ in range(5)))
+    assert changed.status == 204
+    assert (await refresh()).status == 401
+    assert len((await shop.store.range(prefix=sessions_of(ada.id))).records) == 1
+
+
 # --- by mail ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +131,7 @@ async def test_asking_tells_nothing_about_accounts(shop: Shop, monkeypatch: pyte
         monkeypatch.setattr(shop.store, "get", getting)
         asked.clear()
         answer = await ask_reset(shop, email)
-        by_request = asked[: asked.index("Put Put Put Put") + 1]  # the last is the step, and its audit entry
+        by_request = asked[: asked.index("Put Put Put") + 1]  # the last is the step, and its audit entry
         monkeypatch.undo()
         assert await no_steps(shop.store)  # the worker asks the store as well, later
         seen.append((answer.status, await answer.text(), plain_headers(answer), by_request))

@@ -167,7 +167,7 @@ async def test_endpoints_that_are_none(endpoints: str) -> None:
 async def test_create_staff(tmp_path: Path) -> None:
     async with (
         ClusterProcesses(tmp_path, nodes=1) as cluster,
-        ServiceProcess("users", cluster.endpoints, tmp_path) as users,
+        ServiceProcess("users", cluster.endpoints, tmp_path, "--mail-directory", str(tmp_path / "mail")) as users,
         aiohttp.ClientSession() as session,
     ):
         create = ["create-staff", "--endpoints", cluster.endpoints, "--email", "boss@example.com"]
@@ -193,3 +193,13 @@ async def test_create_staff(tmp_path: Path) -> None:
         async with cluster.client() as store:
             (record,) = (await store.range(prefix=b"user/")).records
         assert json.loads(record.value)["role"] == "staff"
+        code, output = await command(*create, "--replace", "--role", "admin", STAFF_PASSWORD="another good password")
+        assert (code, "admin account" in output) == (0, True), output
+        code, output = await command(*create, "--replace", STAFF_PASSWORD="another good password")
+        assert (code, "[last_admin]" in output) == (1, True)
+        assert (await command("rotate-keys", "--endpoints", cluster.endpoints))[0] == 0
+        async with cluster.client() as store:
+            assert len((await store.range(prefix=b"signing-key/")).records) == 2
+        for option, value in (("--mailer", "no.such:thing"), ("--trusted-proxy", "nowhere")):
+            code, output = await command("users", "--endpoints", cluster.endpoints, option, value)
+            assert (code, value.partition(":")[0] in output) == (1, True), output

@@ -165,6 +165,23 @@ async def test_a_stale_access_token_does_not_stand_in_the_way(shop: Shop) -> Non
     assert (await refresh(shop, first["refresh_token"], Authorization="Bearer stale")).status == 200
 
 
+async def test_an_unknown_outcome_may_be_tried_again_at_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    ada = await shop.register()
+    first = await sign_in(shop, ada.email)
+    run_transaction = shop.store.run_transaction
+
+    async def lost(body: Any, **more: Any) -> Any:
+        await run_transaction(body, **more)
+        raise kvstore.OutcomeUnknown("no answer came")
+
+    monkeypatch.setattr(shop.store, "run_transaction", lost)
+    found = await problem(await refresh(shop, first["refresh_token"]), 503, "outcome_unknown")
+    assert found["retryable"] is True
+    monkeypatch.undo()
+    second = await refreshed(shop, first["refresh_token"])
+    assert await refreshed(shop, second["refresh_token"])
+
+
 # --- how sessions end -------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +286,12 @@ async def test_another_process_refuses_an_ended_sessions_token_within_the_bound(
             await tokens.verify(header)
         assert refused.value.code == "invalid_token"
     assert (await tokens.verify(other)).user_id == 7
+
+
+async def test_every_service_refuses_an_ended_sessions_token(shop: Shop) -> None:
+    ada = await shop.register()
+    assert (await shop.users.delete("/v1/sessions/current", headers=ada.headers)).status == 204
+    await problem(await shop.orders.get("/v1/orders/7", headers=ada.headers), 401, "invalid_token")
 
 
 async def test_only_what_was_added_is_read_again(store: kvstore.Client) -> None:

@@ -91,6 +91,8 @@ async def test_of_many_registering_one_email_at_once_one_wins(shop: Shop) -> Non
         ({"email": "ada\u0000@example.com"}, "/email"),
         ({"email": "a" * 65 + "@example.com"}, "/email"),
         ({"email": "a@" + "b" * 252 + ".c"}, "/email"),
+        ({"email": "a@" + "字" * 84 + ".c"}, "/email"),  # few characters, and yet a long key
+        ({"email": "a@\u202eb.c"}, "/email"),
         ({"email": 7}, "/email"),
         ({"password": "short7!"}, "/password"),
         ({"password": "x1" * 65}, "/password"),

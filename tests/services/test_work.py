@@ -212,3 +212,19 @@ async def test_an_effect_whose_condition_does_not_hold_leaves_the_step(store: kv
     assert await store.get(DONE + b"a") is None
     assert await run.finish()
     assert await count_of(store, steps.STEPS) == await count_of(store, steps.CLAIMS) == 0
+
+
+async def test_a_worker_leaves_other_queues_alone(store: kvstore.Client) -> None:
+    async with working(store, kind=counted):
+        await store.txn(success=[steps.put("theirs", "a", queue="theirs"), steps.put("kind", "a")])
+        await all_done(store)
+    assert await count_of(store, steps.PARKED) == 0
+    (record,) = (await store.range(prefix=steps.steps_of("theirs"))).records
+    worker = asyncio.create_task(Worker(store, {"theirs": counted}, queue="theirs").run())
+
+    async def done() -> bool:
+        return await count_of(store, steps.steps_of("theirs")) == 0
+
+    await until(done)
+    worker.cancel()
+    assert decode_step(record.value).queue == "theirs"
