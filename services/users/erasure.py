@@ -3,7 +3,8 @@
 Erasure is one transaction: the account, its places in the indexes, sessions, addresses and mailed tokens go, and
 `erased-user/{id}` comes, which keeps the id from being used again and tells other services to make their copies
 anonymous (orders stay). A durable step then takes network addresses and agents out of the audit log's entries about it.
-Counts of attempts name the account by a hash of its email, and end within four hours.
+Counts of attempts name the account by a hash of its email, and end within four hours; the notice of an email change
+that its mailer does not take names the former email for half an hour.
 
 What was current is still in the store's history and log until they are compacted, and in backups until they expire. How
 long that takes is for the deployment to say (`Retention`); the answer gives the date by which all of it is gone.
