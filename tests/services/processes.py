@@ -29,9 +29,10 @@ class ServiceProcess:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = path / f"{service}-{port}.log"
+        mail = ["--mail-directory", str(path / "mail")] if service == "users" else []
         self._command = [
             sys.executable, "-m", "services", service, "--port", str(port),
-            *([] if endpoints is None else ["--endpoints", endpoints]), *arguments,
+            *([] if endpoints is None else ["--endpoints", endpoints]), *mail, *arguments,
         ]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 

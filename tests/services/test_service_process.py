@@ -167,7 +167,7 @@ async def test_endpoints_that_are_none(endpoints: str) -> None:
 async def test_create_staff(tmp_path: Path) -> None:
     async with (
         ClusterProcesses(tmp_path, nodes=1) as cluster,
-        ServiceProcess("users", cluster.endpoints, tmp_path, "--mail-directory", str(tmp_path / "mail")) as users,
+        ServiceProcess("users", cluster.endpoints, tmp_path) as users,
         aiohttp.ClientSession() as session,
     ):
         create = ["create-staff", "--endpoints", cluster.endpoints, "--email", "boss@example.com"]
