@@ -16,7 +16,7 @@
 | `activity/{user}/{inverted time}/{id}` | nothing: the entries about a user, or by one | with the entry, at erasure |
 | `erased-user/{id}` | `ErasedUser`: its id is never used again | never |
 | `ended-session/{time}/{session}` | see `services/web/ended.py` | twenty minutes later |
-| `step-users/…` | steps of this service's workers: see `services/work/steps.py` | when done |
+| `step-users/…` | steps of this service's workers: see `services.work.steps` | when done |
 
 What goes after a time goes by its lease. A user's keys hold the id, never the email, but for `user-email/`. Inverted
 numbers have 16 digits and sort newest first. User 0 never exists: what concerns an account that is not there is filed
