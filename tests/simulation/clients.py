@@ -27,6 +27,7 @@ class SimulatedConnector:
 
     def __init__(self, world: World, host: str) -> None:
         self._world = world
+        self._host = host
         self._network = world.network.host(host)
         self._next_id = itertools.count(_PROBE_IDS_FROM).__next__
         self._open: dict[ClientProtocol, None] = {}
@@ -38,6 +39,7 @@ class SimulatedConnector:
 
         def made(protocol: ClientProtocol) -> None:
             self._open[protocol] = None
+            self._world.nemesis.opened(self._host, protocol)
             events.on_open(protocol)
 
         def lost(protocol: ClientProtocol, reason: str, code: str) -> None:

@@ -101,7 +101,7 @@ class Nemesis(RareFaults):
         await asyncio.wait((self._task,))
         self._task.result()
         world = self.world
-        self._flips_due = 0
+        self._flips_due = self._cuts_due = 0
         self._due.clear()
         world.clear_ambushes()
         world.network.heal()

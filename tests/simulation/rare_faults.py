@@ -23,6 +23,7 @@ from kvstore.raft import messages
 from kvstore.raft.fsm import EntryKind
 
 if TYPE_CHECKING:
+    from kvstore.client.protocol import ClientProtocol
     from tests.simulation.machine import Machine
     from tests.simulation.world import World
 
@@ -43,6 +44,7 @@ RARE_FAULTS: dict[str, float] = {
     "deposed and back": 5,
     "mute successor": 1,
     "junk message": 1,
+    "cut in a revision": 2,
 }
 # Old requests of clients that may come again.
 KEPT_REQUESTS = 16
@@ -69,6 +71,8 @@ REPRIEVE_S, MOMENT_S = 1.0, 0.01
 # Of so many readings of its clock, which are those of a few busy seconds, a process stalls at this share, for so long:
 # the engine takes commands for 0.1 s of its clock in one tick.
 STALL_READINGS, STALL_SHARE, STALL_S = 400, 0.02, 0.15
+# Few revisions come in parts, to few clients.
+CUTS = 3
 # Well framed, and no message: not msgpack, cut short, no array, of no kind, of kinds that the engine alone knows, with
 # fields of wrong types, too few, too many, or numbers that can be no index or term.
 UNREADABLE: tuple[bytes, ...] = (
@@ -103,6 +107,25 @@ UNREADABLE: tuple[bytes, ...] = (
         )
     ),
 )
+
+
+class _CutSinks:
+    """In place of a client's own: once a stream is cut, nothing that had arrived behind the cut is delivered."""
+
+    def __init__(self, sinks: Any, may_cut: Callable[[], bool]) -> None:
+        self._sinks = sinks
+        self._may_cut = may_cut
+        self._is_cut = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sinks, name)
+
+    def deliver(self, frame: codec.ServerFrame) -> bool:
+        if self._is_cut:
+            return True
+        is_known: bool = self._sinks.deliver(frame)
+        self._is_cut = isinstance(frame, codec.WatchEvents) and frame.more and self._may_cut()
+        return is_known
 
 
 class RareFaults:
@@ -150,6 +173,7 @@ class RareFaults:
         self._ghosts = 0
         self._revision_read = 0  # the newest that a read of a burst has shown
         self._heard: dict[str, deque[tuple[str, bytes]]] = {}
+        self._cuts_due = 0  # of streams in the middle of a revision that is watched
 
     def booted_rare(self, machine: Machine) -> None:
         """A process is up: listen where a fault of this run needs it."""
@@ -406,6 +430,29 @@ class RareFaults:
             ]
         )
         return messages.AppendEntries(term, last_index + chance.randrange(3), last_index, last_term, tuple(entries))
+
+    # --- watches ------------------------------------------------------------------------------------------------------
+
+    def _cut_in_a_revision(self) -> bool:
+        """The next clients that get a part of a watched revision lose the stream, and with it the other parts."""
+        self._cuts_due += CUTS
+        return False
+
+    def opened(self, host: str, protocol: ClientProtocol) -> None:
+        """A client is connected: listen where a fault of this run needs it."""
+        if "cut in a revision" not in self.kinds:
+            return
+        sinks: Any = protocol._sinks
+        protocol._sinks = cast("Any", _CutSinks(sinks, lambda: self._may_cut(host, protocol)))
+
+    def _may_cut(self, host: str, protocol: ClientProtocol) -> bool:
+        if not self._cuts_due or self.world.is_over:
+            return False
+        self._cuts_due -= 1
+        self._tell("cut in a revision", client=host)
+        self._struck("cut in a revision")
+        protocol.close("cut in a revision")
+        return True
 
     # --- many reads ---------------------------------------------------------------------------------------------------
 
