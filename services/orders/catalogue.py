@@ -1,5 +1,7 @@
 """Products and their stock: reading, putting, adjusting; and the cache of product records that placing orders uses.
 
+What a product's record and its indexes are is in `products.py`; lists of products are in `search.py`.
+
 The cache may be stale, and that does no harm: whoever decides by a cached record puts its revision as a compare into
 the transaction that acts on it, and reads again where that fails. Stock is never cached and never compared; it only
 moves by `Add`, so that buyers of one product do not get into each other's way.
@@ -7,18 +9,22 @@ moves by `Add`, so that buyers of one product do not get into each other's way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
+import msgspec
 from aiohttp import web
 from msgspec import Struct
 
 import kvstore
+from services.orders.products import product_operations
 from services.orders.records import (
     STOCK_MAX,
     Adjustment,
     Product,
     adjustment_key,
+    adjustments_of,
+    decode_adjustment,
     decode_product,
     encode,
     on_hand_key,
@@ -28,9 +34,12 @@ from services.orders.records import (
 from services.web.answers import json_response
 from services.web.idempotency import Idempotency, refuse_and_store
 from services.web.ids import Ids, now_ms, timestamp
+from services.web.paging import Page, PageQuery, page_of
 from services.web.problems import Problem, field_problem
 
 _CACHED_MAX: Final = 10_000  # some 10 MB; a shop's hot products are fewer
+# An attempt fails only where another one of the same product succeeded since; past so many there is a loop somewhere.
+_PUT_ATTEMPTS: Final = 16
 _ADJUST_ATTEMPTS: Final = 8  # each fails only where two processes drew one id at the same time
 
 
@@ -55,8 +64,11 @@ class AdjustmentBody(Struct, frozen=True):
 
 
 class StockLevel(Struct, frozen=True):
+    """`is_active` is the product's."""
+
     on_hand: int
     reserved: int
+    is_active: bool
 
 
 class Catalogue:
@@ -69,19 +81,29 @@ class Catalogue:
 
     # --- products -----------------------------------------------------------------------------------------------------
 
-    async def put(self, product: Product, condition: kvstore.Compare | None) -> tuple[StoredProduct, bool]:
-        """Create or replace a product; the second value is True if it is new. Raises `Problem` `precondition_failed`
-        where `condition` does not hold."""
+    async def put(self, product: Product, check: Callable[[int], None]) -> tuple[StoredProduct, bool]:
+        """Create or replace a product, and its places in the indexes; the second value is True if it is new. `check`
+        refuses by the revision that the record has (0: there is none), and no other is replaced. When it was created
+        is kept from before."""
         key = product_key(product.sku)
-        result = await self._store.txn(
-            compare=[] if condition is None else [condition],
-            success=[kvstore.Put(key, encode(product), prev=True)],
-        )
-        if not result.succeeded:
-            raise Problem("precondition_failed", "Read the product again, then decide")
-        put = result.results[0]
-        assert isinstance(put, kvstore.PutResult)
-        return self._keep(product, put.revision), put.prev is None
+        found = await self._store.get(key)
+        for _ in range(_PUT_ATTEMPTS):
+            revision = found.mod_revision if found is not None else 0
+            check(revision)
+            before = decode_product(found.value) if found is not None else None
+            if before is not None:
+                product = msgspec.structs.replace(product, created_ms=before.created_ms or before.updated_ms)
+            result = await self._store.txn(
+                compare=[kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, revision)],
+                success=product_operations(product, before),
+                failure=[kvstore.Range(key)],
+            )
+            if result.succeeded:
+                return self._keep(product, result.revision), before is None
+            (newer,) = result.results
+            assert isinstance(newer, kvstore.RangeResult)
+            found = newer.records[0] if newer.records else None
+        raise Problem("contended", "The product kept changing; try again")
 
     async def read(self, sku: str) -> StoredProduct | None:
         """The product as it is now."""
@@ -128,7 +150,9 @@ class Catalogue:
     async def stock(self, sku: str) -> StockLevel | None:
         """None if there is no such product."""
         product, on_hand, reserved = await self._read(product_key(sku), on_hand_key(sku), reserved_key(sku))
-        return StockLevel(_number(on_hand), _number(reserved)) if product.records else None
+        if not product.records:
+            return None
+        return StockLevel(_number(on_hand), _number(reserved), decode_product(product.records[0].value).is_active)
 
     async def adjust(
         self, request: web.Request, idempotency: Idempotency, sku: str, delta: int, reason: str, user_id: int
@@ -139,7 +163,7 @@ class Catalogue:
         for _ in range(_ADJUST_ATTEMPTS):
             adjustment = Adjustment(self._ids.next(), sku, delta, reason, user_id, now_ms())
             record_key = adjustment_key(sku, adjustment.id)
-            body = adjustment_body(adjustment)
+            body = encode(adjustment_of(adjustment))
             try:
                 result = await self._store.txn(
                     compare=[
@@ -147,11 +171,7 @@ class Catalogue:
                         kvstore.Compare(key, kvstore.Target.VERSION, kvstore.Relation.GREATER, 0),
                         kvstore.Compare(record_key, kvstore.Target.VERSION, kvstore.Relation.EQUAL, 0),
                     ],
-                    success=[
-                        kvstore.Add(on_hand_key(sku), delta, min=0, max=STOCK_MAX),
-                        kvstore.Put(record_key, encode(adjustment)),
-                        idempotency.put(201, body),
-                    ],
+                    success=[*adjustment_operations(adjustment), idempotency.put(201, body)],
                     failure=[idempotency.read, kvstore.Range(key)],
                 )
             except kvstore.Refused as refusal:
@@ -169,18 +189,36 @@ class Catalogue:
                 raise no_product(sku)
         raise RuntimeError(f"no free adjustment id after {_ADJUST_ATTEMPTS} draws")
 
+    async def adjustments(self, sku: str, query: PageQuery) -> Page[AdjustmentBody] | None:
+        """Newest first. None if there is no such product."""
+        if await self._store.get(product_key(sku)) is None:
+            return None
+
+        async def read(records: list[kvstore.Record]) -> list[AdjustmentBody]:
+            return [adjustment_of(decode_adjustment(record.value)) for record in records]
+
+        return await page_of(self._store, adjustments_of(sku), query, read)
+
     async def _read(self, *keys: bytes) -> tuple[kvstore.RangeResult, ...]:
         """Single keys, all as of one moment."""
         result = await self._store.txn(success=[kvstore.Range(key) for key in keys])
         return result.results  # type: ignore[return-value]  # a range answers a range
 
 
-def adjustment_body(adjustment: Adjustment) -> bytes:
+def adjustment_operations(adjustment: Adjustment) -> list[kvstore.Operation]:
+    """The writes of an adjustment, for the transaction that makes it. Refused as `out_of_range` where stock would fall
+    below 0 or pass `STOCK_MAX`."""
+    return [
+        kvstore.Add(on_hand_key(adjustment.sku), adjustment.delta, min=0, max=STOCK_MAX),
+        kvstore.Put(adjustment_key(adjustment.sku, adjustment.id), encode(adjustment)),
+    ]
+
+
+def adjustment_of(adjustment: Adjustment) -> AdjustmentBody:
+    """As staff see it."""
     created_at = timestamp(adjustment.created_ms)
-    return encode(
-        AdjustmentBody(
-            adjustment.id, adjustment.sku, adjustment.delta, adjustment.reason, adjustment.user_id, created_at
-        )
+    return AdjustmentBody(
+        adjustment.id, adjustment.sku, adjustment.delta, adjustment.reason, adjustment.user_id, created_at
     )
 
 

@@ -3,9 +3,11 @@
 | key | holds |
 |---|---|
 | `product/{sku}` | `Product` |
+| `product-category/{category}/{sku}` | nothing: the products of a category |
+| `product-word/{word}/{sku}` | nothing: the products by the words of their names and skus; see `products.py` |
 | `stock/{sku}/on_hand` | a plain integer: what may still be sold |
 | `stock/{sku}/reserved` | a plain integer: what placed orders hold until they are paid or end |
-| `stock/{sku}/adjustment/{id}` | `Adjustment`: why on_hand changed other than by orders |
+| `stock/{sku}/adjustment/{inverted id}` | `Adjustment`: why on_hand changed other than by orders; newest first |
 | `order/{id}` | `Order` |
 | `user-orders/{user}/{inverted time}/{order}` | nothing: the key is the index, newest first |
 
@@ -14,26 +16,39 @@ Money is an integer of minor units (cents) and a currency; there are no floats.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from services.orders.states import OrderState
 from services.web.ids import ID_MAX
 
 SKU_PATTERN: Final = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+Sku = Annotated[str, Meta(pattern=SKU_PATTERN)]
+QUANTITY_MAX: Final = 1_000_000  # of one product, in a cart or an order
+LINES_MAX: Final = 100  # 4 compares, writes and reads each: well within the store's 1,024 operations
 AMOUNT_MAX: Final = 10**12  # minor units: ten thousand million euros
 TOTAL_MAX: Final = 2**53 - 1  # exact in JavaScript
 STOCK_MAX: Final = 2**53 - 1
 
 
+PRODUCTS: Final = b"product/"
+
+
 class Product(Struct, frozen=True, tag_field="v", tag=1):
+    """`is_active` false: archived, so only staff see it, and nobody can order it. `category` empty: in none.
+    `created_ms` 0: written before there were indexes, so it stands in none; the next change puts it there."""
+
     sku: str
     name: str
     price: int
     currency: str
     updated_ms: int
+    description: str = ""
+    category: str = ""
+    is_active: bool = True
+    created_ms: int = 0
 
 
 class Adjustment(Struct, frozen=True, tag_field="v", tag=1):
@@ -67,12 +82,13 @@ class Order(Struct, frozen=True, tag_field="v", tag=1):
 
 
 decode_product = msgspec.json.Decoder(Product).decode
+decode_adjustment = msgspec.json.Decoder(Adjustment).decode
 decode_order = msgspec.json.Decoder(Order).decode
 encode = msgspec.json.Encoder().encode
 
 
 def product_key(sku: str) -> bytes:
-    return b"product/" + sku.encode()
+    return PRODUCTS + sku.encode()
 
 
 def on_hand_key(sku: str) -> bytes:
@@ -83,8 +99,12 @@ def reserved_key(sku: str) -> bytes:
     return b"stock/" + sku.encode() + b"/reserved"
 
 
+def adjustments_of(sku: str) -> bytes:
+    return b"stock/%b/adjustment/" % sku.encode()
+
+
 def adjustment_key(sku: str, adjustment_id: int) -> bytes:
-    return b"stock/%b/adjustment/%d" % (sku.encode(), adjustment_id)
+    return b"%b%016d" % (adjustments_of(sku), ID_MAX - adjustment_id)
 
 
 def order_key(order_id: int) -> bytes:

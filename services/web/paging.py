@@ -48,7 +48,7 @@ async def page_of(
     read: Callable[[list[kvstore.Record]], Awaitable[list[T]]],
 ) -> Page[T]:
     """The records under `prefix` in the order of their keys; `read` makes of them what the page shows."""
-    start = prefix + _after(query.starting_after)
+    start = prefix + after_cursor(query.starting_after)
     found = await store.range(start, kvstore.prefix_end(prefix), limit=query.limit + 1)
     records = list(found.records[: query.limit])
     has_more = len(found.records) > query.limit
@@ -60,7 +60,8 @@ def cursor_of(key: bytes) -> str:
     return base64.urlsafe_b64encode(key).decode().rstrip("=")
 
 
-def _after(cursor: str | None) -> bytes:
+def after_cursor(cursor: str | None) -> bytes:
+    """Where a page begins, without the prefix of its list. Raises `Problem` `invalid_parameter`."""
     if cursor is None:
         return b""
     try:

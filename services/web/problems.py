@@ -62,10 +62,14 @@ PROBLEMS: dict[str, Kind] = {
     "idempotency_key_reused": Kind(422, "This Idempotency-Key was used for another request"),
     # products, stock, orders
     "unknown_product": Kind(422, "There is no such product"),
+    "product_unavailable": Kind(409, "This product is not sold now"),
     "insufficient_stock": Kind(409, "There is not enough stock"),
     "stock_too_large": Kind(422, "Stock cannot be that large"),
     "mixed_currencies": Kind(422, "One order has one currency"),
     "total_too_large": Kind(422, "The total is too large"),
+    "cart_ordered": Kind(409, "This cart was ordered"),
+    "too_many_carts": Kind(409, "There is no room for another cart"),
+    "too_many_lines": Kind(409, "There is no room for another product in this cart"),
     "order_state": Kind(409, "The order's state does not allow this"),
     "products_changing": Kind(503, "The products of this order are changing too fast", retryable=True),
     # the service and its store
