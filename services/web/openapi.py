@@ -38,6 +38,8 @@ when you send that request again: it is carried out once, and answered alike (`I
 **Lists** come in pages: send `next_cursor` as `starting_after` for the next one.
 
 **Money** is an integer of minor units (cents), with a currency beside it.
+
+**Tracing.** A `traceparent` header (W3C Trace Context) is taken, logged, and passed on to payment providers.
 """
 
 

@@ -28,7 +28,7 @@ _IF_MATCH = re.compile(r'(\*|"[1-9][0-9]{0,17}")\Z')
 
 @schemathesis.check
 def what_the_document_allows_is_not_malformed(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
     if case.meta is None or not case.meta.generation.mode.is_positive or _has_whole_floats(case.body):
         return None
@@ -45,7 +45,7 @@ def what_the_document_allows_is_not_malformed(
 
 @schemathesis.check
 def problems_tell_what_they_are(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
     if response.status_code < 400:
         return None
