@@ -54,7 +54,6 @@ def document(api: Api) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": api.title, "description": api.description + _ABOUT, "version": version("kvstore")},
-        "servers": [{"url": "/", "description": "Where this document came from"}],
         "tags": [{"name": tag} for tag in tags],
         "paths": paths,
         "components": {
