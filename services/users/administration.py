@@ -53,7 +53,7 @@ class Administration:
     async def page(self, query: UsersQuery) -> Page[User]:
         """Newest first; with `email`, in the order of emails. Raises `Problem` `invalid_parameter`."""
         if query.email is not None and query.role is not None:
-            wrong = FieldError("/role", "invalid_value", "Filter by email or by role, not both", "query")
+            wrong = FieldError("/role", "not_combinable", "Filter by email or by role, not both", "query")
             raise Problem("invalid_parameter", wrong.message, errors=(wrong,))
         if query.email is not None:
             prefix = EMAILS + unicodedata.normalize("NFKC", query.email.strip()).casefold().encode("utf-8", "replace")

@@ -38,9 +38,17 @@ class AccountApi:
     def __init__(self, parts: Parts) -> None:
         self._accounts = parts.accounts
 
-    @post("/v1/users", {201: AccountBody}, problems=("email_taken", "common_password", "registration_throttled"))
+    @post(
+        "/v1/users",
+        {201: AccountBody},
+        reads_token=False,
+        problems=("email_taken", "common_password", "registration_throttled"),
+    )
     async def register(self, call: Call, body: Registration) -> web.Response:
-        """Register an account"""
+        """Register an account
+
+        Of a customer; sign in with it then. An Authorization header is passed over.
+        """
         origin = origin_of(call.request)
         user = await self._accounts.register(body.email, body.password, body.name, body.age, origin)
         call.request[CALLER_ID] = user.id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta, Struct
 
@@ -14,19 +14,31 @@ from services.web.bodies import Name, RequestBody, Text
 from services.web.ids import timestamp
 from services.web.tokens import Role
 
-Email = Annotated[str, Meta(min_length=3, max_length=254)]
-NewPassword = Annotated[str, Meta(min_length=PASSWORD_CHARS_MIN, max_length=PASSWORD_CHARS_MAX)]
+# `normalise_email` decides; the document says what comes closest.
+Email = Annotated[
+    str, Meta(min_length=3, max_length=254, examples=["ada@example.com"], extra_json_schema={"format": "email"})
+]
+NewPassword = Annotated[
+    str,
+    Meta(
+        min_length=PASSWORD_CHARS_MIN,
+        max_length=PASSWORD_CHARS_MAX,
+        description="Any but the most common ones, and the email.",
+        examples=["correct horse battery staple"],
+    ),
+]
 # Only bounded: a password that could never have been chosen is wrong, not malformed.
-GivenPassword = Annotated[str, Meta(max_length=1000)]
-GivenEmail = Annotated[str, Meta(max_length=1000)]
-Age = Annotated[int, Meta(ge=0, le=150)]
-MailToken = Annotated[str, Meta(min_length=1, max_length=TOKEN_CHARS_MAX)]
+GivenPassword = Annotated[str, Meta(max_length=1000, examples=["correct horse battery staple"])]
+GivenEmail = Annotated[str, Meta(max_length=1000, examples=["ada@example.com"])]
+PersonName = Annotated[Name, Meta(examples=["Ada"])]
+Age = Annotated[int, Meta(ge=0, le=150, examples=[36])]
+MailToken = Annotated[str, Meta(min_length=1, max_length=TOKEN_CHARS_MAX, description="As it stood in the mail.")]
 
 
 class Registration(RequestBody, frozen=True):
     email: Email
     password: NewPassword
-    name: Name
+    name: PersonName
     age: Age
 
 
@@ -36,13 +48,22 @@ class Credentials(RequestBody, frozen=True):
 
 
 class RefreshInput(RequestBody, frozen=True):
-    refresh_token: Annotated[str, Meta(min_length=1, max_length=REFRESH_TOKEN_CHARS_MAX)]
+    refresh_token: Annotated[
+        str, Meta(min_length=1, max_length=REFRESH_TOKEN_CHARS_MAX, description="The last one that you were given.")
+    ]
 
 
 class ProfileInput(RequestBody, frozen=True):
     """What is left out, or null, stays."""
 
-    name: Name | None = None
+    schema_adds: ClassVar[dict[str, Any]] = {
+        "anyOf": [
+            {"required": ["name"], "properties": {"name": {"type": "string"}}},
+            {"required": ["age"], "properties": {"age": {"type": "integer"}}},
+        ]
+    }
+
+    name: PersonName | None = None
     age: Age | None = None
 
 

@@ -36,14 +36,24 @@ _Optional = Annotated[str, Meta(max_length=200, pattern=r"\A[^\x00-\x1f\x7f-\x9f
 
 
 class AddressInput(RequestBody, frozen=True):
-    name: Name
-    line1: Name
-    city: Name
-    country: Annotated[str, Meta(pattern=r"\A[A-Z]{2}\Z", description="ISO 3166-1, two letters.")]
+    name: Annotated[Name, Meta(examples=["Ada"])]
+    line1: Annotated[Name, Meta(examples=["12 Bell Yard"])]
+    city: Annotated[Name, Meta(examples=["London"])]
+    country: Annotated[
+        str,
+        Meta(
+            pattern=r"\A[A-Z]{2}\Z",
+            description="ISO 3166-1, two letters.",
+            examples=["GB"],
+            extra_json_schema={"enum": sorted(_COUNTRIES)},
+        ),
+    ]
     line2: _Optional = ""
-    postal_code: Annotated[str, Meta(max_length=20, pattern=r"\A[A-Za-z0-9 -]*\Z")] = ""
+    postal_code: Annotated[str, Meta(max_length=20, pattern=r"\A[A-Za-z0-9 -]*\Z", examples=["WC2A 2JR"])] = ""
     region: _Optional = ""
-    phone: Annotated[str, Meta(max_length=32, pattern=r"\A(\+?[0-9][0-9 ()./-]{3,})?\Z")] = ""
+    phone: Annotated[
+        str, Meta(max_length=32, pattern=r"\A(\+?[0-9][0-9 ()./-]{3,})?\Z", examples=["+44 20 7946 0018"])
+    ] = ""
 
 
 class AddressBody(Struct, frozen=True):

@@ -24,6 +24,9 @@ _START: Final = """
 window.onload = () => SwaggerUIBundle({
   url: "/openapi.json",
   dom_id: "#page",
+  deepLinking: true,
+  defaultModelsExpandDepth: 0,
+  displayRequestDuration: true,
   persistAuthorization: true,
   tryItOutEnabled: true,
   validatorUrl: null,

@@ -3,6 +3,7 @@
 What the middleware (`_frame`) does for each request, in one place so that it costs one coroutine:
 
 - a request id, in the answer, the log and problems: the client's `X-Request-Id` if it is sane, else a new one
+- the trace that it belongs to (`tracing.py`), in the log and in what follows from it
 - a bound on requests in flight
 - every error becomes a problem body; an error that nobody foresaw is logged with its story and answered without it
 - the store's errors become 503: `store_unavailable` (nothing happened), `outcome_unknown` (it may have)
@@ -26,7 +27,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 import kvstore
-from services.web import api_page
+from services.web import api_page, tracing
 from services.web.answers import CALLER_ID, LIMIT_HEADERS, REQUEST_ID, json_response
 from services.web.bodies import BODY_BYTES_MAX
 from services.web.clients import TRUSTED_PROXIES
@@ -105,6 +106,7 @@ def _frame(state: State, metrics: Metrics, access_log: AccessLog | None) -> Midd
         if not _SANE_REQUEST_ID.match(request_id):
             request_id = secrets.token_hex(12)
         request[REQUEST_ID] = request_id
+        trace = tracing.begin(request.headers.get(tracing.HEADER))
         state.in_flight += 1
         metrics.began()
         response: web.StreamResponse
@@ -126,7 +128,7 @@ def _frame(state: State, metrics: Metrics, access_log: AccessLog | None) -> Midd
         metrics.ended(request.method, resource.canonical if resource else None, response.status, started)
         if access_log is not None:
             user = request.get(CALLER_ID)
-            access_log.add(request.method, request.path, response.status, started, request_id, user)
+            access_log.add(request.method, request.path, response.status, started, request_id, user, trace)
         return response
 
     return frame

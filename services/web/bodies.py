@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -31,7 +31,11 @@ Text = Annotated[str, Meta(min_length=1, max_length=500, pattern=_PRINTABLE)]
 
 class RequestBody(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Base of the bodies that clients send. Encoded again (for a fingerprint) it leaves out what has its default, so
-    that a field added later does not change what older requests amount to."""
+    that a field added later does not change what older requests amount to.
+
+    `schema_adds` is what the types cannot say, as JSON Schema has it, for the document; the handler checks it."""
+
+    schema_adds: ClassVar[dict[str, Any]] = {}
 
 
 B = TypeVar("B", bound=RequestBody)

@@ -240,12 +240,13 @@ class Api:
                 self.endpoints.append(Bound(_with_signature(declared), getattr(owner, name), tag))
 
     def routes(self) -> list[web.RouteDef]:
-        return [
-            web.route(bound.endpoint.method, bound.endpoint.path, self._serving(bound), allow_head=True)
-            if bound.endpoint.method == "GET"
-            else web.route(bound.endpoint.method, bound.endpoint.path, self._serving(bound))
-            for bound in self.endpoints
-        ]
+        paths = {bound.endpoint.path for bound in self.endpoints}
+        routes: list[web.RouteDef] = []
+        for bound in self.endpoints:
+            method, path = bound.endpoint.method, _route(bound.endpoint.path, paths)
+            more = {"allow_head": True} if method == "GET" else {}
+            routes.append(web.route(method, path, self._serving(bound), **more))
+        return routes
 
     def _serving(self, bound: Bound) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         """The handler that aiohttp calls: everything that can be decided beforehand is."""
@@ -317,6 +318,21 @@ def _with_signature(declared: Endpoint) -> Endpoint:
         query=hints.get("query"),
         body=hints.get("body"),
     )
+
+
+def _route(path: str, paths: set[str]) -> str:
+    """The path as the router matches it. What another path spells out is no value of a parameter: `/things/recent` is
+    no `/things/{id}`, and has none of its methods."""
+    parts = path.split("/")
+    spelt: dict[int, set[str]] = {}
+    for other in paths:
+        others = other.split("/")
+        differ = [at for at, part in enumerate(parts) if len(others) == len(parts) and part != others[at]]
+        if len(differ) == 1 and _IN_PATH.fullmatch(parts[differ[0]]) and not _IN_PATH.fullmatch(others[differ[0]]):
+            spelt.setdefault(differ[0], set()).add(re.escape(others[differ[0]]))
+    for at, words in spelt.items():
+        parts[at] = f"{{{parts[at][1:-1]}:(?!(?:{'|'.join(sorted(words))})(?:/|$))[^/]+}}"
+    return "/".join(parts)
 
 
 def _path_reader(kind: Any) -> Callable[[str], Any]:

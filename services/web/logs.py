@@ -19,6 +19,7 @@ from aiohttp.http import HttpProcessingError
 from msgspec import Struct
 
 from services.web.ids import now_ms, timestamp
+from services.web.tracing import traceparent
 
 _FLUSH_AFTER_S: Final = 0.1
 _LINES_MAX: Final = 256  # some 64 KiB: what a pipe takes at once
@@ -28,6 +29,7 @@ def configure_logs(service: str) -> None:
     """Call once, before the first line is logged. `service` is in every line."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        with_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -59,6 +61,14 @@ class _FromLogging(logging.Handler):
             log.log(record.levelno, record.getMessage(), exc_info=error)
 
 
+def with_trace(logger: Any, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A processor: every line says which trace it belongs to."""
+    trace = traceparent()
+    if trace:
+        event.setdefault("traceparent", trace)
+    return event
+
+
 def _encode(logger: Any, method: str, event: structlog.typing.EventDict) -> bytes:
     return msgspec.json.encode(event, enc_hook=repr)
 
@@ -74,6 +84,7 @@ class AccessLine(Struct, frozen=True, gc=False):
     user: int | None
     service: str
     timestamp: str
+    traceparent: str
     event: str = "request"
     level: str = "info"
 
@@ -90,10 +101,13 @@ class AccessLog:
         self._lines: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, method: str, path: str, status: int, started_s: float, request_id: str, user: int | None) -> None:
+    def add(
+        self, method: str, path: str, status: int, started_s: float, request_id: str, user: int | None, trace: str
+    ) -> None:
         """`started_s` is `time.perf_counter()` when the request began."""
         duration_ms = round((time.perf_counter() - started_s) * 1000, 2)
-        line = AccessLine(method, path, status, duration_ms, request_id, user, self._service, timestamp(now_ms()))
+        now = timestamp(now_ms())
+        line = AccessLine(method, path, status, duration_ms, request_id, user, self._service, now, trace)
         if self._for_people:
             self._lines.append(f"{line.timestamp} {status} {method} {path} {duration_ms} ms {request_id}".encode())
         else:

@@ -22,9 +22,16 @@ T = TypeVar("T")
 _LIMIT_DEFAULT: Final = 20
 _LIMIT_MAX: Final = 100
 _CURSOR_CHARS_MAX: Final = 700  # a key of 512 bytes
+_CURSOR_PATTERN: Final = r"\A([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2,3})?\Z"  # base64url without its padding
 Limit = Annotated[int, Meta(ge=1, le=_LIMIT_MAX, description="At most so many.")]
 Cursor = Annotated[
-    str, Meta(min_length=1, max_length=_CURSOR_CHARS_MAX, description="The `next_cursor` of the page before.")
+    str,
+    Meta(
+        min_length=1,
+        max_length=_CURSOR_CHARS_MAX,
+        pattern=_CURSOR_PATTERN,
+        description="The `next_cursor` of the page before.",
+    ),
 ]
 
 

@@ -148,6 +148,8 @@ class Problem(Exception):
         if self.kind.status == 503:
             # A leader is elected within a second or so; an overload may be over sooner, but not by being hurried.
             response.headers.setdefault("Retry-After", "1")
+        if self.kind.status == 401:
+            response.headers.setdefault("WWW-Authenticate", 'Bearer error="invalid_token"')  # RFC 9110 demands one
         return response
 
 

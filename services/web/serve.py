@@ -27,9 +27,8 @@ from services.web.app import STATE
 from services.web.clients import TRUSTED_PROXIES, parse_network
 from services.web.limits import Limit
 from services.web.logs import AccessLog
+from services.web.runner import ServiceRunner
 
-GRACE_S: Final = 10.0  # the store's own timeout is 5 s, so whatever runs has an answer by then
-KEEPALIVE_S: Final = 75.0
 WORKERS_MAX: Final = 64  # more than the cores of any machine that this was thought for
 BACKLOG: Final = 1024  # a burst of clients after a leader change must not be turned away
 
@@ -97,14 +96,7 @@ async def _serve(build: BuildApp, serving: Serving) -> None:
     async with kvstore.connect(serving.endpoints) as store:
         app = build(store, serving.access_log, serving.limit)
         app[TRUSTED_PROXIES] = tuple(parse_network(network) for network in serving.trusted_proxies)
-        runner = web.AppRunner(
-            app,
-            access_log=None,  # ours is in the application
-            auto_decompress=False,  # bodies with a Content-Encoding are refused, and must not be unpacked before
-            handle_signals=False,
-            shutdown_timeout=GRACE_S,
-            keepalive_timeout=KEEPALIVE_S,
-        )
+        runner = ServiceRunner(app)
         await runner.setup()
         try:
             site = web.TCPSite(

@@ -21,7 +21,8 @@ import structlog
 from prometheus_client.multiprocess import mark_process_dead
 
 from services.web.metrics import SHARED_DIRECTORY
-from services.web.serve import GRACE_S, CannotServe, cannot_listen
+from services.web.runner import GRACE_S
+from services.web.serve import CannotServe, cannot_listen
 
 # One that dies at once would else be started in a circle, as fast as the machine can.
 _RESTART_S: Final = 1.0

@@ -20,6 +20,9 @@ Doing it
 3. The handler ends it (`StepRun.finish`): what has changed, the end of the step and that of the claim are one
    transaction, which compares the fencing token. A worker that has lost its claim changes nothing any more.
 
+While a handler runs, its context is the trace of the request that the step follows from: what it logs has it, steps
+that it writes remember it, and `tracing.traceparent()` is to be passed on to whom it calls.
+
 A handler that fails says how: `Again` (later, with backoff) or `Park` (no attempt will help). Too many attempts park a
 step as well; `unpark` gives it back.
 """
@@ -32,6 +35,7 @@ import msgspec
 from msgspec import Struct
 
 import kvstore
+from services.web import tracing
 from services.web.ids import now_ms
 
 STEPS: Final = b"step/"
@@ -45,7 +49,8 @@ ATTEMPTS_MAX: Final = 34
 
 
 class Step(Struct, frozen=True, tag_field="v", tag=1):
-    """`arguments` are what its handler needs beside the subject. `code` says why the last attempt failed."""
+    """`arguments` are what its handler needs beside the subject. `code` says why the last attempt failed;
+    `traceparent` is that of the request that it follows from."""
 
     kind: str
     subject: str
@@ -55,6 +60,7 @@ class Step(Struct, frozen=True, tag_field="v", tag=1):
     attempt: int = 0
     code: str = ""
     queue: str = ""
+    traceparent: str = ""
 
     @property
     def key(self) -> bytes:
@@ -104,10 +110,20 @@ def step_key(kind: str, subject: str, due_ms: int, queue: str = "") -> bytes:
     return b"%b%016d/%b" % (steps_of(queue), due_ms, _name(kind, subject))
 
 
-def put(kind: str, subject: str, *, due_ms: int | None = None, queue: str = "", **arguments: Any) -> kvstore.Put:
-    """For the transaction that makes the step necessary; due at once unless `due_ms` says when."""
+def put(
+    kind: str,
+    subject: str,
+    *,
+    due_ms: int | None = None,
+    queue: str = "",
+    traceparent: str | None = None,
+    **arguments: Any,
+) -> kvstore.Put:
+    """For the transaction that makes the step necessary; due at once unless `due_ms` says when. It belongs to the trace
+    of whatever this is called from, unless `traceparent` says otherwise."""
     now = now_ms()
-    return _put(Step(kind, subject, now if due_ms is None else due_ms, now, arguments, queue=queue))
+    trace = tracing.traceparent() if traceparent is None else traceparent
+    return _put(Step(kind, subject, now if due_ms is None else due_ms, now, arguments, queue=queue, traceparent=trace))
 
 
 def cancel(kind: str, subject: str, due_ms: int, queue: str = "") -> kvstore.Delete:

@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 import kvstore
+from services.web import tracing
 from services.web.ids import now_ms
 from services.work.steps import Again, ClaimLost, Park, Step, StepRun, decode_step, steps_of
 
@@ -110,7 +111,8 @@ class Worker:
         self._woken.set()
 
     async def _do(self, step: Step, revision: int, lease: int) -> None:
-        """One attempt at one step. Raises nothing but being cancelled."""
+        """One attempt at one step, in a task and so a context of its own. Raises nothing but being cancelled."""
+        tracing.resume(step.traceparent)
         try:
             run = await StepRun.claim(self._store, step, revision, lease)
             if run is None:

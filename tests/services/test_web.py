@@ -19,9 +19,12 @@ from services.web.endpoints import Api
 from services.web.idempotency import IdempotencyKeys
 from services.web.logs import AccessLog
 from services.web.problems import PROBLEMS, Problem
+from services.web.runner import ServiceRunner
 from services.web.serve import CannotServe, check_host
 from services.web.tokens import SigningKeys, Tokens
 from tests.services.shop import Shop, problem
+
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 async def test_request_ids(shop: Shop) -> None:
@@ -147,7 +150,8 @@ async def test_the_access_log_has_a_line_for_each_request(store: kvstore.Client)
     access_log = AccessLog("orders", stream)
     client: TestClient[Any, Any] = TestClient(TestServer(create_app(store, access_log)))
     async with client:
-        await client.get("/order/7?token=secret", headers={"X-Request-Id": "trace-0123"})
+        headers = {"X-Request-Id": "trace-0123", "traceparent": TRACEPARENT}
+        await client.get("/order/7?token=secret", headers=headers)
         for _ in range(300):
             await client.get("/livez")
     access_log.flush()
@@ -164,6 +168,7 @@ async def test_the_access_log_has_a_line_for_each_request(store: kvstore.Client)
         "status": 401,
         "request_id": "trace-0123",
         "user": None,
+        "traceparent": TRACEPARENT,
     }
 
 
@@ -186,15 +191,26 @@ async def test_the_access_log_has_a_line_for_each_request(store: kvstore.Client)
 async def test_bytes_that_no_browser_sends(store: kvstore.Client, request_bytes: bytes, status: int) -> None:
     stream = io.BytesIO()
     access_log = AccessLog("orders", stream)
-    async with TestServer(create_app(store, access_log)) as server:
-        reader, writer = await asyncio.open_connection(server.host, server.port)
+    runner = ServiceRunner(create_app(store, access_log))
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        reader, writer = await asyncio.open_connection(*runner.addresses[0][:2])
         try:
             writer.write(request_bytes)
-            answer = await reader.readuntil(b"\r\n")
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            length = next(line for line in head.splitlines() if line.startswith("Content-Length: ")).partition(" ")[2]
+            body = json.loads(await reader.readexactly(int(length)))
         finally:
             writer.close()
             await writer.wait_closed()
-    assert int(answer.split()[1]) == status
+    finally:
+        await runner.cleanup()
+    assert int(head.split()[1]) == status
+    if status >= 400:
+        assert "Content-Type: application/problem+json\r\n" in head
+        assert (body["status"], body["retryable"]) == (status, False)
+        assert f"X-Request-Id: {body['request_id']}\r\n" in head
     access_log.flush()
     for line in stream.getvalue().splitlines():
         assert json.loads(line)["status"] == status
