@@ -112,13 +112,48 @@ def users(
     _serve("users", partial(create_app, settings=settings), more, **options)
 
 
+def provider_options(command: F) -> F:
+    command = click.option(
+        "--psp-url", envvar="SANDBOX_PSP_URL", default="http://127.0.0.1:8003", show_default=True,
+        help="Where the sandbox provider is.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--provider", help="Another payment provider: module:function, which makes it. Without: the sandbox."
+    )(command)
+
+
 @main.command()
 @serving_options(8002)
-def orders(**options: Any) -> None:
-    """Serve products, their stock, and orders."""
-    from services.orders.app import create_app
+@provider_options
+@click.option(
+    "--pay-within-minutes", type=click.FloatRange(0.01, 7 * 24 * 60), default=30.0, show_default=True,
+    help="An order that is not paid by then expires, and its goods are sold to others.",
+)  # fmt: skip
+def orders(provider: str | None, psp_url: str, pay_within_minutes: float, **options: Any) -> None:
+    """Serve products, stock, carts, orders, payments, shipments and returns."""
+    from functools import partial
 
-    _serve("orders", create_app, [], **options)
+    from services.orders.app import Settings, create_app
+
+    settings = Settings(provider=_provider(provider, psp_url), pay_within_s=pay_within_minutes * 60)
+    more = [f"--psp-url={psp_url}", f"--pay-within-minutes={pay_within_minutes}"]
+    more += [f"--provider={provider}"] if provider else []
+    _serve("orders", partial(create_app, settings=settings), more, **options)
+
+
+@main.command()
+@endpoints_option
+@provider_options
+def worker(endpoints: str, provider: str | None, psp_url: str) -> None:
+    """Do the orders' background work: payments, refunds, expiry. Run any number."""
+    from services.orders.worker import run_worker
+    from services.web.logs import configure_logs
+
+    configure_logs("worker")
+    try:
+        run_worker(endpoints, _provider(provider, psp_url))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @main.command("sandbox-psp")
@@ -215,6 +250,15 @@ def demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: b
     from services.demo.walk import run_demo
 
     sys.exit(asyncio.run(run_demo(endpoints, users_url, orders_url, data_dir, stay, as_json)))
+
+
+def _provider(name: str | None, sandbox_url: str) -> Any:
+    from services.payments.loading import CannotLoadProvider, load_provider
+
+    try:
+        return load_provider(name, sandbox_url)
+    except CannotLoadProvider as error:
+        raise click.ClickException(str(error)) from None
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

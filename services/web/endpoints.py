@@ -62,6 +62,10 @@ class Condition(StrEnum):
     REQUIRED = "required"
 
 
+class EventStream:
+    """In the place of an answer's struct: server-sent events."""
+
+
 class Query(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of what stands behind the `?`; each field is a parameter."""
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from services.web.endpoints import Access, Api, Bound, Condition, Endpoint
+from services.web.endpoints import Access, Api, Bound, Condition, Endpoint, EventStream
 from services.web.openapi_links import links_of
 from services.web.problems import PROBLEMS, ProblemBody
 
@@ -106,7 +106,7 @@ class _Schemas:
 
 def _kinds(answer: Any) -> tuple[Any, ...]:
     """The structs that an answer may be."""
-    return answer if isinstance(answer, tuple) else () if answer is None else (answer,)
+    return answer if isinstance(answer, tuple) else () if answer in (None, EventStream) else (answer,)
 
 
 def _portable(schema: Any) -> Any:
@@ -223,6 +223,8 @@ def _responses(bound: Bound, api: Api, schemas: _Schemas) -> dict[str, Any]:
             links = links_of(bound, kind, api)
             if links:
                 response["links"] = links
+        elif kind is EventStream:
+            response["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
         responses[str(status)] = response
     by_status: dict[int, list[str]] = {}
     for code in sorted(declared.all_problems):

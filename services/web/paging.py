@@ -53,10 +53,17 @@ async def page_of(
     prefix: bytes,
     query: PageQuery,
     read: Callable[[list[kvstore.Record]], Awaitable[list[T]]],
+    *,
+    reverse: bool = False,
 ) -> Page[T]:
-    """The records under `prefix` in the order of their keys; `read` makes of them what the page shows."""
-    start = prefix + after_cursor(query.starting_after)
-    found = await store.range(start, kvstore.prefix_end(prefix), limit=query.limit + 1)
+    """The records under `prefix` in the order of their keys, or the other way round; `read` makes of them what the page
+    shows."""
+    start, end = prefix, kvstore.prefix_end(prefix)
+    if not reverse:
+        start += after_cursor(query.starting_after)
+    elif query.starting_after is not None:
+        end = prefix + after_cursor(query.starting_after)[:-1]
+    found = await store.range(start, end, limit=query.limit + 1, reverse=reverse)
     records = list(found.records[: query.limit])
     has_more = len(found.records) > query.limit
     cursor = cursor_of(records[-1].key[len(prefix) :]) if has_more else None

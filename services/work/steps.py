@@ -29,6 +29,7 @@ step as well; `unpark` gives it back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -189,9 +190,10 @@ class StepRun:
         compare: list[kvstore.Compare] | None = None,
         success: list[kvstore.Operation] | None = None,
     ) -> bool:
-        """End the step, with what `success` changes. False, and nothing is changed, if one of `compare` does not hold:
-        read again, then decide anew. Raises `ClaimLost`."""
-        return await self._end(compare or [], success or [])
+        """End the step, with what `success` changes; had it been parked before, it is not any more. False, and nothing
+        is changed, if one of `compare` does not hold: read again, then decide anew. Raises `ClaimLost`."""
+        parked = kvstore.Delete(PARKED + _name(self.step.kind, self.step.subject))
+        return await self._end(compare or [], [parked, *(success or [])])
 
     async def again(self, code: str, after_s: float | None = None) -> None:
         """Put it off. Raises `ClaimLost`."""
@@ -212,8 +214,13 @@ class StepRun:
 
     async def _end(self, compare: list[kvstore.Compare], success: list[kvstore.Operation]) -> bool:
         key = self.step.key
-        # Put off by less than a millisecond it has the key that it had: then writing it is ending it.
-        written = {operation.key for operation in success if isinstance(operation, kvstore.Put)}
+        # A step that follows it at once may have the key that it has, and what it changes may make it needless: then
+        # that is its end, since a transaction writes a key once.
+        written = {
+            operation.key if isinstance(operation, kvstore.Put) else operation.start
+            for operation in success
+            if isinstance(operation, kvstore.Put | kvstore.Delete)
+        }
         ended = [] if key in written else [kvstore.Delete(key)]
         result = await self._store.txn(
             compare=[
@@ -237,16 +244,19 @@ class StepRun:
         return False
 
 
-async def unpark(store: kvstore.Client, kind: str, subject: str) -> bool:
-    """Give a parked step back to the workers, as if new. False if there is none."""
+async def unpark(
+    store: kvstore.Client, kind: str, subject: str, also: Callable[[ParkedStep], kvstore.Operation] | None = None
+) -> ParkedStep | None:
+    """Give a parked step back to the workers, as if new, and with it write what `also` says. What was parked; None if
+    there is none, or not any more."""
     key = PARKED + _name(kind, subject)
     record = await store.get(key)
     if record is None:
-        return False
-    now = now_ms()
-    step = msgspec.structs.replace(decode_parked(record.value).step, due_ms=now, attempt=0)
+        return None
+    parked = decode_parked(record.value)
+    step = msgspec.structs.replace(parked.step, due_ms=now_ms(), attempt=0)
     result = await store.txn(
         compare=[kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, record.mod_revision)],
-        success=[kvstore.Delete(key), _put(step)],
+        success=[kvstore.Delete(key), _put(step), *([also(parked)] if also is not None else [])],
     )
-    return result.succeeded
+    return parked if result.succeeded else None

@@ -13,6 +13,7 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
 
 import kvstore
+from services.orders.app import Settings as OrdersSettings
 from services.orders.app import create_app as create_orders
 from services.users.accounts import move_role
 from services.users.app import create_app as create_users
@@ -83,13 +84,21 @@ class Shop:
     """`customer` and `staff` are people with tokens and no accounts: orders never look at accounts, and hashing
     passwords takes its time on purpose. `register` makes a real one."""
 
-    def __init__(self, store: kvstore.Client, *, with_users: bool = True) -> None:
+    def __init__(
+        self,
+        store: kvstore.Client,
+        *,
+        with_users: bool = True,
+        orders_settings: OrdersSettings | None = None,
+        orders_port: int | None = None,
+    ) -> None:
         self.store = store
         self._with_users = with_users
         self.clock, self.outbox = Clock(), Outbox()
         settings = Settings(mailer=self.outbox, clock_ms=self.clock.now_ms)
         self.users: TestClient[Any, Any] = TestClient(TestServer(create_users(store, settings=settings)))
-        self.orders: TestClient[Any, Any] = TestClient(TestServer(create_orders(store)))
+        orders = create_orders(store, settings=orders_settings)
+        self.orders: TestClient[Any, Any] = TestClient(TestServer(orders, port=orders_port))
         self._tokens = Tokens(SigningKeys(store))
 
     async def __aenter__(self) -> Shop:

@@ -1,0 +1,338 @@
+"""Orders are paid, cancelled, shipped and returned, through the services' doors, against the sandbox provider."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvstore
+from tests.services.paid_shop import PaidShop
+from tests.services.shop import problem
+
+
+@pytest.fixture
+async def paid(store: kvstore.Client, tmp_path: Path) -> AsyncIterator[PaidShop]:
+    async with PaidShop(store, tmp_path) as shop:
+        await shop.shop.stock(shop.staff, "cup", 10, price=1250)
+        await shop.shop.stock(shop.staff, "pot", 5, price=4000)
+        yield shop
+
+
+async def test_an_order_is_paid_shipped_delivered_and_complete(paid: PaidShop) -> None:
+    order = await paid.placed({"cup": 2, "pot": 1})
+    assert await paid.stock_of("cup") == (8, 2, 0)
+    payment = await paid.paid(order)
+    assert (payment["state"], payment["amount"], payment["attempt"]) == ("created", 6500, 1)
+    order = await paid.becomes(order, state="confirmed", payment_status="paid")
+    assert (order["authorised"], order["captured"], order["expires_at"]) == (6500, 6500, None)
+    assert await paid.stock_of("cup") == (8, 0, 2)
+
+    path = f"/v1/orders/{order['id']}"
+    first = {"lines": [{"sku": "cup", "quantity": 1}], "carrier": "Post", "tracking": "P 1"}
+    shipment = await paid.did(paid.staff, f"{path}/shipments", first)
+    assert shipment["state"] == "shipped"
+    assert (await paid.get(path))["fulfilment_status"] == "partial"
+    assert await paid.stock_of("cup") == (8, 0, 1)
+    rest = {
+        "lines": [{"sku": "cup", "quantity": 1}, {"sku": "pot", "quantity": 1}],
+        "carrier": "Post",
+        "tracking": "P 2",
+    }
+    await paid.did(paid.staff, f"{path}/shipments", rest)
+    assert (await paid.get(path))["fulfilment_status"] == "shipped"
+    await paid.did(paid.staff, f"{path}/shipments/1/deliver")
+    assert (await paid.get(path))["state"] == "confirmed"
+    await paid.did(paid.staff, f"{path}/shipments/2/deliver")
+    order = await paid.get(path)
+    assert (order["state"], order["fulfilment_status"]) == ("completed", "delivered")
+    assert await paid.stock_of("cup") == (8, 0, 0)
+    assert await paid.types_of(order) == [
+        "order.pending_payment", "payment.created", "payment.authorising", "payment.authorised", "order.confirmed",
+        "payment.capturing", "payment.captured", "shipment.shipped", "shipment.shipped", "shipment.delivered",
+        "shipment.delivered", "order.completed",
+    ]  # fmt: skip
+
+
+async def test_a_partial_refund_and_a_return(paid: PaidShop) -> None:
+    order = await paid.placed({"cup": 2})
+    await paid.paid(order)
+    await paid.becomes(order, payment_status="paid")
+    path = f"/v1/orders/{order['id']}"
+    lines = [{"sku": "cup", "quantity": 2}]
+    await paid.did(paid.staff, f"{path}/shipments", {"lines": lines, "carrier": "Post", "tracking": "P"})
+    await problem(
+        await paid.say(paid.buyer, f"{path}/returns", {"lines": lines, "reason": "broken"}), 422, "invalid_body"
+    )
+    await paid.did(paid.staff, f"{path}/shipments/1/deliver")
+
+    refund = await paid.did(paid.staff, f"{path}/refunds", {"amount": 500, "reason": "late"})
+    assert (refund["state"], refund["amount"]) == ("pending", 500)
+    await paid.becomes(order, payment_status="partially_refunded", refunded=500)
+    assert (await paid.get(f"{path}/refunds/1"))["state"] == "succeeded"
+
+    asked = await paid.did(
+        paid.buyer, f"{path}/returns", {"lines": [{"sku": "cup", "quantity": 1}], "reason": "broken"}
+    )
+    assert asked["state"] == "requested"
+    early = await paid.say(paid.staff, f"{path}/returns/1/receive", {"note": "came back"})
+    await problem(early, 409, "order_state")
+    await paid.did(paid.staff, f"{path}/returns/1/approve", {"note": "send it"})
+    receipt = {"note": "as new", "restocked": [{"sku": "cup", "quantity": 1}]}
+    received = await paid.did(paid.staff, f"{path}/returns/1/receive", receipt)
+    assert (received["state"], received["refund"]) == ("received", 2)
+    found = await paid.becomes(order, refunded=500 + 1250)
+    assert found["return_status"] == "received"
+    assert found["lines"][0]["returned"] == 1
+    assert await paid.stock_of("cup") == (9, 0, 0)
+    (charge,) = await paid.charges()
+    assert (charge.captured, charge.refunded) == (2500, 1750)
+
+
+async def test_a_refund_is_no_more_than_was_captured(paid: PaidShop) -> None:
+    order = await paid.placed({"cup": 2})
+    path = f"/v1/orders/{order['id']}/refunds"
+    await problem(await paid.say(paid.staff, path, {"reason": "early"}), 409, "order_state")
+    await paid.paid(order)
+    await paid.becomes(order, payment_status="paid")
+    await problem(await paid.say(paid.staff, path, {"amount": 2501, "reason": "r"}), 422, "amount_too_large")
+    await paid.did(paid.staff, path, {"amount": 2000, "reason": "r"})
+    await problem(await paid.say(paid.staff, path, {"amount": 501, "reason": "r"}), 422, "amount_too_large")
+    await paid.did(paid.staff, path, {"reason": "the rest"})
+    await paid.becomes(order, payment_status="refunded", refunded=2500)
+    await problem(await paid.say(paid.staff, path, {"amount": 1, "reason": "r"}), 422, "amount_too_large")
+    await problem(await paid.say(paid.buyer, path, {"amount": 1, "reason": "r"}), 403, "forbidden")
+
+
+async def test_after_a_declined_payment_another_may_be_made(paid: PaidShop) -> None:
+    order = await paid.placed()
+    await paid.paid(order, "tok_insufficient_funds")
+    failed = await paid.payment_becomes(order, "failed")
+    assert failed["failure"] == "insufficient_funds"
+    assert (await paid.get(f"/v1/orders/{order['id']}"))["state"] == "pending_payment"
+    second = await paid.paid(order)
+    assert second["attempt"] == 2
+    await paid.becomes(order, state="confirmed")
+
+
+async def test_one_live_payment_at_a_time(paid: PaidShop) -> None:
+    order = await paid.placed()
+    await paid.paid(order, "tok_requires_action")
+    again = await paid.say(paid.buyer, f"/v1/orders/{order['id']}/payments", {"token": "tok_ok"})
+    await problem(again, 409, "payment_in_progress")
+    await paid.payment_becomes(order, "requires_action")
+
+
+@pytest.mark.parametrize("decision", ["approve", "refuse"])
+async def test_the_customer_proves_who_they_are(paid: PaidShop, decision: str) -> None:
+    order = await paid.placed()
+    await paid.paid(order, "tok_requires_action", return_url="https://shop.example/back")
+    payment = await paid.payment_becomes(order, "requires_action")
+    async with paid.session.post(payment["action_url"], data={"decision": decision}, allow_redirects=False) as answer:
+        assert answer.status < 400, await answer.text()
+    if decision == "approve":
+        await paid.becomes(order, state="confirmed", payment_status="paid")
+    else:
+        assert (await paid.payment_becomes(order, "failed"))["failure"] == "action_refused"
+
+
+async def test_who_comes_back_from_the_bank_needs_no_webhook(store: kvstore.Client, tmp_path: Path) -> None:
+    async with PaidShop(store, tmp_path, webhooks=False) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10)
+        order = await paid.placed()
+        await paid.paid(order, "tok_requires_action")
+        payment = await paid.payment_becomes(order, "requires_action")
+        async with paid.session.post(
+            payment["action_url"], data={"decision": "approve"}, allow_redirects=False
+        ) as done:
+            assert done.status < 400
+        await paid.did(paid.buyer, f"/v1/orders/{order['id']}/payments/1/complete")
+        await paid.becomes(order, state="confirmed")
+
+
+async def test_captured_by_hand_and_in_parts(paid: PaidShop) -> None:
+    order = await paid.placed({"cup": 2})
+    await paid.paid(order, capture="manual")
+    found = await paid.becomes(order, state="confirmed", payment_status="authorised")
+    path = f"/v1/orders/{order['id']}"
+    shipping = {"lines": [{"sku": "cup", "quantity": 1}], "carrier": "Post", "tracking": "P"}
+    await problem(await paid.say(paid.staff, f"{path}/shipments", shipping), 409, "not_paid")
+    await problem(await paid.say(paid.staff, f"{path}/payments/1/capture", {"amount": 2501}), 422, "amount_too_large")
+    await paid.did(paid.staff, f"{path}/payments/1/capture", {"amount": 1000})
+    await paid.becomes(order, payment_status="partially_paid", captured=1000)
+    await paid.did(paid.staff, f"{path}/payments/1/capture", {})
+    found = await paid.becomes(order, payment_status="paid")
+    assert found["captured"] == 2500
+    (charge,) = await paid.charges()
+    assert charge.captured == 2500
+
+
+async def test_cancelled_before_it_is_paid(paid: PaidShop) -> None:
+    order = await paid.placed()
+    cancelled = await paid.did(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "changed my mind"})
+    assert cancelled["state"] == "cancelled"
+    assert await paid.stock_of("cup") == (10, 0, 0)
+    late = await paid.say(paid.buyer, f"/v1/orders/{order['id']}/payments", {"token": "tok_ok"})
+    await problem(late, 409, "order_state")
+    twice = await paid.say(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "again"})
+    await problem(twice, 409, "order_state")
+
+
+@pytest.mark.parametrize(("capture", "status"), [("automatic", "paid"), ("manual", "authorised")])
+async def test_cancelled_when_it_is_paid(paid: PaidShop, capture: str, status: str) -> None:
+    order = await paid.placed()
+    await paid.paid(order, capture=capture)
+    await paid.becomes(order, payment_status=status)
+    await paid.did(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "changed my mind"})
+    found = await paid.becomes(order, state="cancelled")
+    assert await paid.stock_of("cup") == (10, 0, 0)
+    (charge,) = await paid.charges()
+    if capture == "automatic":
+        assert (charge.captured, charge.refunded, found["payment_status"]) == (2500, 2500, "refunded")
+    else:
+        assert (charge.is_voided, found["payment_status"]) == (True, "none")
+
+
+@pytest.mark.parametrize("token", ["tok_ok", "tok_timeout_after", "tok_timeout_before", "tok_pending", "tok_acts_late"])
+async def test_cancelled_while_a_payment_is_on_its_way(paid: PaidShop, token: str) -> None:
+    order = await paid.placed()
+    await paid.paid(order, token)
+    await paid.did(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "changed my mind"})
+    await paid.becomes(order, state="cancelled")
+    assert await paid.stock_of("cup") == (10, 0, 0)
+    for charge in await paid.charges():
+        assert charge.captured == charge.refunded
+        assert charge.is_voided or charge.captured or not charge.authorised
+
+
+async def test_what_is_shipped_is_not_cancelled_but_its_other_lines_are(paid: PaidShop) -> None:
+    order = await paid.placed({"cup": 2, "pot": 2})
+    await paid.paid(order)
+    await paid.becomes(order, payment_status="paid")
+    path = f"/v1/orders/{order['id']}"
+    shipping = {"lines": [{"sku": "cup", "quantity": 2}], "carrier": "Post", "tracking": "P"}
+    await paid.did(paid.staff, f"{path}/shipments", shipping)
+    await problem(await paid.say(paid.buyer, f"{path}/cancel", {"reason": "late"}), 409, "order_state")
+    body = {"lines": [{"sku": "pot", "quantity": 2}], "reason": "broken in the warehouse"}
+    await paid.did(paid.staff, f"{path}/cancel-lines", body)
+    await paid.becomes(order, refunded=8000)
+    await paid.did(paid.staff, f"{path}/shipments/1/deliver")
+    await paid.becomes(order, state="completed", payment_status="partially_refunded")
+    assert await paid.stock_of("pot") == (5, 0, 0)
+
+
+async def test_a_refund_that_fails_needs_attention(paid: PaidShop) -> None:
+    order = await paid.placed()
+    await paid.paid(order, "tok_refund_fails")
+    await paid.becomes(order, payment_status="paid")
+    await paid.did(paid.staff, f"/v1/orders/{order['id']}/refunds", {"amount": 100, "reason": "late"})
+
+    async def needing() -> list[int]:
+        page = await paid.get("/v1/orders?needs_attention=true", paid.staff)
+        return [one["id"] for one in page["data"]]
+
+    await paid.becomes(order, refunded=0, payment_status="paid")
+    details: dict[str, Any] = {}
+    while not details.get("needs_attention"):
+        details = await paid.get(f"/v1/orders/{order['id']}/details", paid.staff)
+    assert details["needs_attention"] == "refund_failed"
+    assert await needing() == [order["id"]]
+    await paid.did(paid.staff, f"/v1/orders/{order['id']}/attended")
+    assert await needing() == []
+
+
+async def test_an_order_that_is_not_paid_expires(store: kvstore.Client, tmp_path: Path) -> None:
+    async with PaidShop(store, tmp_path, pay_within_s=0.3) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10)
+        order = await paid.placed()
+        assert await paid.stock_of("cup") == (8, 2, 0)
+        await paid.becomes(order, state="expired")
+        assert await paid.stock_of("cup") == (10, 0, 0)
+        late = await paid.say(paid.buyer, f"/v1/orders/{order['id']}/payments", {"token": "tok_ok"})
+        await problem(late, 409, "order_state")
+
+
+async def test_an_order_expires_though_its_customer_never_came_back_from_the_bank(
+    store: kvstore.Client, tmp_path: Path
+) -> None:
+    async with PaidShop(store, tmp_path, pay_within_s=1.0) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10)
+        order = await paid.placed()
+        await paid.paid(order, "tok_requires_action")
+        await paid.payment_becomes(order, "requires_action")
+        await paid.becomes(order, state="expired")
+        assert await paid.stock_of("cup") == (10, 0, 0)
+        assert (await paid.payment_becomes(order, "voided"))["action_url"] is None
+
+
+async def test_a_payment_that_is_on_its_way_when_the_time_is_over_still_counts(
+    store: kvstore.Client, tmp_path: Path
+) -> None:
+    async with PaidShop(store, tmp_path, pay_within_s=0.5, settle_ms=1500) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10)
+        order = await paid.placed()
+        await paid.paid(order, "tok_pending")
+        other = await paid.placed()
+        await paid.paid(other, "tok_pending_declined")
+        await paid.becomes(order, state="confirmed")
+        await paid.becomes(other, state="expired")
+        assert await paid.stock_of("cup") == (8, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("tok_timeout_before", "tok_timeout_after", "tok_acts_late", "tok_error_before", "tok_error_after"),
+        *("tok_reset_before", "tok_reset_after", "tok_slow", "tok_pending"),
+        *("tok_capture_timeout_after", "tok_capture_error_before", "tok_capture_reset_after"),
+        *("tok_webhook_duplicate", "tok_webhook_lost", "tok_webhook_late", "tok_webhook_reordered"),
+    ],
+)
+async def test_whatever_the_provider_does_the_customer_pays_once(paid: PaidShop, token: str) -> None:
+    order = await paid.placed()
+    await paid.paid(order, token)
+    await paid.becomes(order, state="confirmed", payment_status="paid")
+    (charge,) = await paid.charges()
+    assert (charge.authorised, charge.captured, charge.refunded) == (2500, 2500, 0)
+
+
+async def test_an_order_that_costs_nothing_is_confirmed_at_once(paid: PaidShop) -> None:
+    await paid.shop.stock(paid.staff, "sample", 3, price=0)
+    order = await paid.placed({"sample": 1})
+    assert (order["state"], order["payment_status"]) == ("confirmed", "none")
+    assert await paid.stock_of("sample") == (2, 0, 1)
+    shipping = {"lines": [{"sku": "sample", "quantity": 1}], "carrier": "Post", "tracking": "P"}
+    await paid.did(paid.staff, f"/v1/orders/{order['id']}/shipments", shipping)
+    await paid.did(paid.staff, f"/v1/orders/{order['id']}/shipments/1/deliver")
+    await paid.becomes(order, state="completed")
+
+
+async def test_a_forged_webhook_changes_nothing(paid: PaidShop) -> None:
+    body = b'{"id": "evt_1", "type": "charge.authorised", "key": "1:1:authorise", "charge": "ch_1", "created_ms": 1}'
+    for headers in ({}, {"Sandbox-Signature": "t=1,v1=00"}):
+        answer = await paid.shop.orders.post("/v1/webhooks/sandbox", data=body, headers=headers)
+        await problem(answer, 400, "invalid_webhook")
+    assert (await paid.shop.store.range(prefix=b"inbox/")).records == ()
+    other = await paid.shop.orders.post("/v1/webhooks/other", data=body)
+    await problem(other, 404, "not_found")
+
+
+async def test_what_belongs_to_anothers_order_is_not_there(paid: PaidShop) -> None:
+    order = await paid.placed()
+    await paid.paid(order)
+    await paid.becomes(order, payment_status="paid")
+    eve = await paid.shop.customer()
+    path = f"/v1/orders/{order['id']}"
+    for tail in ("", "/payments", "/payments/1", "/refunds", "/refunds/1", "/shipments", "/returns", "/events",
+                 "/events/stream"):  # fmt: skip
+        answer = await paid.shop.orders.get(path + tail, headers=eve.headers)
+        await problem(answer, 404, "not_found")
+    for tail, body in (
+        ("/payments", {"token": "tok_ok"}),
+        ("/cancel", {"reason": "r"}),
+        ("/returns", {"lines": [{"sku": "cup", "quantity": 1}], "reason": "r"}),
+        ("/payments/1/complete", None),
+    ):
+        await problem(await paid.say(eve, path + tail, body), 404, "not_found")
