@@ -1,15 +1,18 @@
 """Finding orders: a user's own by the user's index, and all of them, for staff, by the index of states.
 
 Every order stands once in the index of states. One state is one range of keys; all of them are so many ranges, read in
-one transaction and merged, the newest first. Orders that need attention have an index of their own.
+one transaction and merged, the newest first. Orders that need attention have an index of their own. One index drives,
+and the record that is read then decides; so a page may have fewer orders than asked for, and its cursor goes on.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from typing import Annotated, Final
 
-from msgspec import Meta
+import msgspec
+from msgspec import Meta, Struct
 
 import kvstore
 from services.orders.bodies import OrderBody, order_of
@@ -24,7 +27,7 @@ from services.orders.records import (
 from services.orders.states import OrderState
 from services.web.ids import ID_MAX, parse_order_number
 from services.web.paging import Page, PageQuery, after_cursor, cursor_of
-from services.web.problems import FieldError, Problem
+from services.web.problems import Problem
 from services.web.tokens import Caller
 
 NUMBER_CHARS_MAX: Final = 40
@@ -36,19 +39,24 @@ OrderNumber = Annotated[
 
 
 class OrderQuery(PageQuery, frozen=True):
-    """One of `number`, `user_id` and `needs_attention` at most; each with `state` or without."""
+    """All conditions that are given must hold."""
 
     state: OrderState | None = None
     user_id: Annotated[int, Meta(ge=1, le=ID_MAX, description="For staff.")] | None = None
-    number: Annotated[str, Meta(min_length=1, max_length=NUMBER_CHARS_MAX, description="As people type it.")] | None = (
-        None
-    )
+    number: OrderNumber | None = None
     needs_attention: Annotated[bool, Meta(description="For staff.")] | None = None
 
 
-# Of a user's orders, and of those that need attention, so many are looked at for one page where only one state is asked
-# for; what they leave is on the next one.
+# Candidates that are looked at for one page where the index alone does not decide; what they leave is on the next one.
 _LOOKED_AT_MAX: Final = 500
+
+
+class _Found(Struct, frozen=True):
+    """Candidates in order: where each stands in its index, behind the prefix, and its order's id. `more` follow."""
+
+    places: list[bytes]
+    ids: list[int]
+    more: bool
 
 
 class OrderSearch:
@@ -57,85 +65,71 @@ class OrderSearch:
 
     async def page(self, caller: Caller, query: OrderQuery) -> Page[OrderBody]:
         """Raises `Problem`: `forbidden`, `invalid_parameter`."""
-        asked = [query.user_id is not None, query.number is not None, query.needs_attention is not None]
-        if sum(asked) > 1:
-            message = "Send one of user_id, number and needs_attention"
-            raise Problem("invalid_parameter", message, errors=(FieldError("", "invalid_value", message, "query"),))
         if not caller.is_staff:
             if query.needs_attention is not None or query.user_id not in (None, caller.user_id):
                 raise Problem("forbidden", "Others' orders are for staff")
-            query_user: int | None = caller.user_id
-        else:
-            query_user = query.user_id
-        if query.number is not None:
-            return await self._numbered(query, caller)
-        if query_user is not None:
-            return await self._filtered(user_orders_of(query_user), query)
-        if query.needs_attention:
-            return await self._filtered(ATTENTION, query)
-        return await self._by_state(query)
-
-    async def _numbered(self, query: OrderQuery, caller: Caller) -> Page[OrderBody]:
-        order_id = parse_order_number(query.number or "")
-        orders = await self._orders([order_id]) if order_id is not None else []
-        found = [
-            order_of(order)
-            for order in orders
-            if (caller.is_staff or order.user_id == caller.user_id) and query.state in (None, order.state)
-        ]
-        return Page(found, False, None)
-
-    async def _filtered(self, prefix: bytes, query: OrderQuery) -> Page[OrderBody]:
-        """Of an index whose keys end in the order's id, or in its inverse."""
-        start = prefix + after_cursor(query.starting_after)
-        look_at = query.limit if query.state is None else _LOOKED_AT_MAX
-        found = await self._store.range(start, kvstore.prefix_end(prefix), limit=look_at + 1, keys_only=True)
-        keys = [record.key for record in found.records[:look_at]]
-        has_more = len(found.records) > look_at
+            query = msgspec.structs.replace(query, user_id=caller.user_id)
+        found = await self._candidates(query)
         chosen: list[OrderBody] = []
-        last = b""
-        orders = await self._orders([_id_of(prefix, key) for key in keys])
-        for key, order in zip(keys, orders, strict=True):
+        last, more = b"", found.more
+        for place, order in zip(found.places, await self._orders(found.ids), strict=True):
             if len(chosen) == query.limit:
-                has_more = True
+                more = True
                 break
-            last = key
-            if query.state in (None, order.state):
+            last = place
+            if _matches(order, query):
                 chosen.append(order_of(order))
-        return Page(chosen, has_more, cursor_of(last[len(prefix) :]) if has_more else None)
+        return Page(chosen, more, cursor_of(last) if more else None)
 
-    async def _by_state(self, query: OrderQuery) -> Page[OrderBody]:
+    async def _candidates(self, query: OrderQuery) -> _Found:
+        """By the index that leaves the fewest."""
+        if query.number is not None:
+            order_id = parse_order_number(query.number)
+            is_there = order_id is not None and await self._store.get(order_key(order_id)) is not None
+            return _Found([b""], [order_id], False) if order_id is not None and is_there else _Found([], [], False)
+        if query.needs_attention:
+            return await self._merged([ATTENTION], query)
+        if query.user_id is not None:
+            prefix = user_orders_of(query.user_id)
+            look_at = query.limit if query.state is None and query.needs_attention is None else _LOOKED_AT_MAX
+            start = prefix + after_cursor(query.starting_after)
+            found = await self._store.range(start, kvstore.prefix_end(prefix), limit=look_at + 1, keys_only=True)
+            places = [record.key[len(prefix) :] for record in found.records[:look_at]]
+            ids = [int(place.rpartition(b"/")[2]) for place in places]
+            return _Found(places, ids, len(found.records) > look_at)
         states = list(OrderState) if query.state is None else [query.state]
-        prefixes = [b"%b%b/" % (STATE_INDEX, state.encode()) for state in states]
+        return await self._merged([b"%b%b/" % (STATE_INDEX, state.encode()) for state in states], query)
+
+    async def _merged(self, prefixes: list[bytes], query: OrderQuery) -> _Found:
+        """Indexes whose keys end in inverted ids, as one."""
+        exact = query.needs_attention is None or (query.state is None and query.user_id is None)
+        look_at = query.limit if exact else _LOOKED_AT_MAX
         begin = after_cursor(query.starting_after)
         result = await self._store.txn(
             success=[
-                kvstore.Range(prefix + begin, kvstore.prefix_end(prefix), limit=query.limit + 1, keys_only=True)
+                kvstore.Range(prefix + begin, kvstore.prefix_end(prefix), limit=look_at + 1, keys_only=True)
                 for prefix in prefixes
             ]
         )
         ranges = [found.records for found in result.results if isinstance(found, kvstore.RangeResult)]
-        merged = heapq.merge(
-            *(
-                [record.key[len(prefix) :] for record in records]
-                for prefix, records in zip(prefixes, ranges, strict=True)
-            )
+        tails = (
+            [record.key[len(prefix) :] for record in records] for prefix, records in zip(prefixes, ranges, strict=True)
         )
-        ids = [tail for tail, _ in zip(merged, range(query.limit + 1), strict=False)]
-        has_more = len(ids) > query.limit
-        ids = ids[: query.limit]
-        orders = await self._orders([ID_MAX - int(tail) for tail in ids])
-        return Page([order_of(order) for order in orders], has_more, cursor_of(ids[-1]) if has_more else None)
+        places = list(itertools.islice(heapq.merge(*tails), look_at + 1))
+        return _Found(places[:look_at], [ID_MAX - int(place) for place in places[:look_at]], len(places) > look_at)
 
     async def _orders(self, ids: list[int]) -> list[Order]:
-        """Those that there are, in one round trip."""
+        """In one round trip. Orders are never deleted, so what an index names is there."""
         if not ids:
             return []
         result = await self._store.txn(success=[kvstore.Range(order_key(order_id)) for order_id in ids])
         found = (one.records for one in result.results if isinstance(one, kvstore.RangeResult))
-        return [decode_order(records[0].value) for records in found if records]
+        return [decode_order(records[0].value) for records in found]
 
 
-def _id_of(prefix: bytes, key: bytes) -> int:
-    tail = key[len(prefix) :]
-    return ID_MAX - int(tail) if prefix == ATTENTION else int(tail.rpartition(b"/")[2])
+def _matches(order: Order, query: OrderQuery) -> bool:
+    return (
+        query.state in (None, order.state)
+        and query.user_id in (None, order.user_id)
+        and query.needs_attention in (None, bool(order.needs_attention))
+    )

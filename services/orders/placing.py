@@ -19,11 +19,11 @@ same idempotency key in two places at once: the compares let one pass, and the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 from aiohttp import web
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 import kvstore
 from services.orders.bodies import order_body
@@ -81,11 +81,16 @@ class Placement(RequestBody, frozen=True):
     one for it. `cart_version` and `expected_total` are what the customer was shown: if the cart or the total is not
     that any more, nothing is ordered."""
 
-    lines: Annotated[tuple[LineBody, ...], Meta(min_length=1, max_length=LINES_MAX)] | None = None
-    cart_id: Id | None = None
-    cart_version: Annotated[int, Meta(ge=1, le=ID_MAX)] | None = None
-    ship_to: AddressInput | None = None
-    expected_total: Annotated[int, Meta(ge=0, le=TOTAL_MAX)] | None = None
+    schema_adds: ClassVar[dict[str, Any]] = {
+        "oneOf": [{"required": ["lines"]}, {"required": ["cart_id"]}],
+        "dependentRequired": {"cart_version": ["cart_id"]},
+    }
+
+    lines: Annotated[tuple[LineBody, ...], Meta(min_length=1, max_length=LINES_MAX)] | UnsetType = UNSET
+    cart_id: Id | UnsetType = UNSET
+    cart_version: Annotated[int, Meta(ge=1, le=ID_MAX)] | UnsetType = UNSET
+    ship_to: AddressInput | UnsetType = UNSET
+    expected_total: Annotated[int, Meta(ge=0, le=TOTAL_MAX)] | UnsetType = UNSET
 
 
 class Wanted(Struct, frozen=True):
@@ -115,9 +120,9 @@ class Placing:
         """The answer to a placement: a new order, or what was answered before. Raises `Problem`: `invalid_body`,
         `not_found`, `cart_ordered`, `cart_changed`, `unknown_product`, `product_unavailable`, `insufficient_stock`,
         `mixed_currencies`, `total_too_large`, `total_changed`, `idempotency_key_reused`, `products_changing`."""
-        if (placement.lines is None) is (placement.cart_id is None):
+        if (placement.lines is UNSET) is (placement.cart_id is UNSET):
             raise field_problem("", "invalid_value", "Send lines, or the cart_id of a cart")
-        if placement.cart_id is None and placement.cart_version is not None:
+        if placement.cart_id is UNSET and placement.cart_version is not UNSET:
             raise field_problem("/cart_version", "invalid_value", "There is a cart_version, and no cart_id")
         for attempt in range(_ATTEMPTS_MAX):
             skus: list[str] = []
@@ -129,7 +134,7 @@ class Placing:
                 skus = sorted(demand)
                 products = await self._products(skus, wanted)
                 order = self._price(products, demand, user_id, wanted.cart)
-                if placement.expected_total is not None and placement.expected_total != order.total:
+                if placement.expected_total is not UNSET and placement.expected_total != order.total:
                     raise _total_changed(order)
             except Problem as problem:
                 if attempt == 0:  # decided by what the cache held, or had just dropped: decide again by what is true
@@ -142,13 +147,13 @@ class Placing:
         raise Problem("products_changing", "Their prices changed again and again while the order was placed; try again")
 
     async def _wanted(self, placement: Placement, user_id: int) -> Wanted:
-        if placement.lines is not None:
+        if placement.lines is not UNSET:
             return Wanted(placement.lines)
-        assert placement.cart_id is not None
+        assert placement.cart_id is not UNSET
         stored = await read_cart(self._store, user_id, placement.cart_id)
         cart = stored.cart
         check_active(cart)
-        if placement.cart_version not in (None, cart.version):
+        if placement.cart_version not in (UNSET, cart.version):
             detail = f"The cart has version {cart.version} now"
             raise field_problem("/cart_version", "cart_changed", detail, problem="cart_changed")
         if not cart.lines:
@@ -240,7 +245,7 @@ class Placing:
         success.append(kvstore.Put(event_key(order.id, 1), encode(event)))
         if order.total:
             success.append(steps.put(EXPIRY_STEP, str(order.id), due_ms=order.expires_ms))
-        if placement.ship_to is not None:
+        if placement.ship_to is not UNSET:
             success.append(
                 kvstore.Put(address_key(order.id), encode(ShipTo(**msgspec.structs.asdict(placement.ship_to))))
             )
