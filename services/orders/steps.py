@@ -13,6 +13,7 @@ comes again at once.
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from functools import partial
 from typing import Final
 
 import structlog
@@ -21,6 +22,7 @@ import kvstore
 from services.orders import ending, paying
 from services.orders.book import OrderBook
 from services.orders.draft import EXPIRY_STEP, PAYMENT_STEP, REFUND_STEP, Draft, payment_subject
+from services.orders.forgetting import forget_customer
 from services.orders.records import Payment
 from services.orders.records import Refund as RefundRecord
 from services.orders.states import PaymentState, RefundState
@@ -42,6 +44,7 @@ from services.payments.provider import (
 )
 from services.web.ids import order_number
 from services.web.tracing import traceparent
+from services.work.kinds import FORGET_CUSTOMER
 from services.work.steps import Again, Park, StepRun
 from services.work.worker import Handler
 
@@ -70,6 +73,7 @@ class OrderSteps:
             PAYMENT_STEP: self.do_payment,
             REFUND_STEP: self.do_refund,
             EXPIRY_STEP: self.do_expiry,
+            FORGET_CUSTOMER: partial(forget_customer, store),
         }
 
     async def do_expiry(self, run: StepRun) -> None:

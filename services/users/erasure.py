@@ -1,8 +1,9 @@
 """Everything that is held of a user, to take along; and its erasure.
 
 Erasure is one transaction: the account, its places in the indexes, sessions, addresses and mailed tokens go, and
-`erased-user/{id}` comes, which keeps the id from being used again and tells other services to make their copies
-anonymous (orders stay). A durable step then takes network addresses and agents out of the audit log's entries about it.
+`erased-user/{id}` comes, which keeps the id from being used again. A durable step then takes network addresses and
+agents out of the audit log's entries about it. Orders stay; another step, which the order service's workers do as soon
+as no token of the account is good any more, takes from them what names the person.
 Counts of attempts name the account by a hash of its email, and end within four hours; the notice of an email change
 that its mailer does not take names the former email for half an hour.
 
@@ -49,8 +50,9 @@ from services.users.records import (
 from services.users.sessions import Sessions
 from services.web.ids import timestamp
 from services.web.problems import Problem
-from services.web.tokens import Role
+from services.web.tokens import TOKEN_GONE_AFTER_S, Role
 from services.work import steps
+from services.work.kinds import FORGET_CUSTOMER
 from services.work.steps import StepRun
 
 FORGET_KIND: Final = "users.forget-activity"
@@ -207,10 +209,15 @@ class Erasure:
             for prefix in (addresses_of(user_id), mailed_of(user_id)):
                 await txn.delete_range(prefix=prefix)
             now = self._clock_ms()
-            erased = ErasedUser(user_id, now, self._retention.free_by_ms(now))
+            # Until then a token that was taken along may still place an order that is sent somewhere.
+            last_copy_ms = now + int(TOKEN_GONE_AFTER_S * 1000)
+            erased = ErasedUser(user_id, now, self._retention.free_by_ms(last_copy_ms))
             txn.put(erased_key(user_id), encode(erased))
-            forget = steps.put(FORGET_KIND, str(user_id), queue=QUEUE, user=user_id)
-            txn.put(forget.key, forget.value)
+            for forget in (
+                steps.put(FORGET_KIND, str(user_id), queue=QUEUE, user=user_id),
+                steps.put(FORGET_CUSTOMER, str(user_id), due_ms=last_copy_ms),
+            ):
+                txn.put(forget.key, forget.value)
             nowhere = Origin("", "", origin.request_id)
             await self._audit.write(txn, Action.ERASED, nowhere, actor=user_id, subject=user_id)
             return erased, ended

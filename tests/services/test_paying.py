@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import pytest
 
 import kvstore
+from services.sandbox_psp.process import API_KEY
+from services.work import steps
+from services.work.kinds import FORGET_CUSTOMER
+from tests.cluster.harness import until
 from tests.services.paid_shop import PaidShop
 from tests.services.shop import problem
 
@@ -336,3 +341,146 @@ async def test_what_belongs_to_anothers_order_is_not_there(paid: PaidShop) -> No
         ("/payments/1/complete", None),
     ):
         await problem(await paid.say(eve, path + tail, body), 404, "not_found")
+
+
+async def test_when_a_customer_is_forgotten_orders_stay_and_addresses_go(paid: PaidShop) -> None:
+    address = {"name": "Ada", "line1": "1 Street", "city": "Town", "country": "DE"}
+    body = {"lines": [{"sku": "cup", "quantity": 1}], "ship_to": address}
+    order = await paid.did(paid.buyer, "/v1/orders", body)
+    cart = await paid.did(paid.buyer, "/v1/carts")
+    details = await paid.get(f"/v1/orders/{order['id']}/details", paid.staff)
+    assert details["ship_to"]["line1"] == "1 Street"
+    await paid.shop.store.txn(success=[steps.put(FORGET_CUSTOMER, str(paid.buyer.id))])
+
+    async def done() -> bool:
+        found = await paid.get(f"/v1/orders/{order['id']}/details", paid.staff)
+        return found["ship_to"] is None
+
+    await until(done, 10.0, "an order without an address", poll_s=0.02)
+    assert (await paid.get(f"/v1/orders/{order['id']}"))["total"] == 1250
+
+    async def cart_gone() -> bool:
+        return (await paid.shop.orders.get(f"/v1/carts/{cart['id']}", headers=paid.buyer.headers)).status == 404
+
+    await until(cart_gone, 10.0, "no cart", poll_s=0.02)
+    assert (await paid.shop.store.range(prefix=b"user-carts/")).records == ()
+    assert (await paid.shop.store.range(prefix=b"user-active-carts/")).records == ()
+
+
+async def test_the_events_of_an_order_are_streamed_and_resumed(paid: PaidShop) -> None:
+    order = await paid.placed()
+    url = f"/v1/orders/{order['id']}/events/stream"
+
+    async def read(stop_at: str, last: int = 0) -> list[tuple[int, str]]:
+        headers = {**paid.buyer.headers, **({"Last-Event-ID": str(last)} if last else {})}
+        seen: list[tuple[int, str]] = []
+        async with paid.shop.orders.get(url, headers=headers) as answer:
+            assert answer.status == 200
+            assert answer.content_type == "text/event-stream"
+            async for line in answer.content:
+                name, _, value = line.decode().strip().partition(": ")
+                if name == "id":
+                    number = int(value)
+                elif name == "event":
+                    seen.append((number, value))
+                    if value == stop_at:
+                        return seen
+        raise AssertionError(f"the stream ended after {seen}")
+
+    async with asyncio.timeout(20):
+        following = asyncio.create_task(read("payment.captured"))
+        await paid.paid(order)
+        live = await following
+        assert [name for _, name in live] == (await paid.types_of(order))
+        assert [number for number, _ in live] == list(range(1, len(live) + 1))
+        assert await read("payment.captured", last=live[3][0]) == live[4:]
+    bad = await paid.shop.orders.get(url, headers={**paid.buyer.headers, "Last-Event-ID": "x"})
+    await problem(bad, 400, "malformed_request")
+
+
+async def test_an_order_is_placed_from_a_cart_once(paid: PaidShop) -> None:
+    cart = await paid.did(paid.buyer, "/v1/carts")
+    headers = paid.buyer.headers
+    for sku, quantity in (("cup", 2), ("pot", 1)):
+        path = f"/v1/carts/{cart['id']}/lines/{sku}"
+        assert (await paid.shop.orders.put(path, json={"quantity": quantity}, headers=headers)).status == 200
+    shown = await paid.get(f"/v1/carts/{cart['id']}")
+    stale = {"cart_id": cart["id"], "cart_version": shown["version"] - 1}
+    await problem(await paid.say(paid.buyer, "/v1/orders", stale), 409, "cart_changed")
+    wrong = {"cart_id": cart["id"], "expected_total": 1}
+    await problem(await paid.say(paid.buyer, "/v1/orders", wrong), 409, "total_changed")
+    eve = await paid.shop.customer()
+    await problem(await paid.say(eve, "/v1/orders", {"cart_id": cart["id"]}), 404, "not_found")
+    body = {"cart_id": cart["id"], "cart_version": shown["version"], "expected_total": 6500}
+    answers = await asyncio.gather(*(paid.say(paid.buyer, "/v1/orders", body) for _ in range(4)))
+    assert sorted(answer.status for answer in answers) == [201, 409, 409, 409]
+    order = await next(answer for answer in answers if answer.status == 201).json()
+    assert (order["total"], order["cart_id"]) == (6500, cart["id"])
+    found = await paid.get(f"/v1/carts/{cart['id']}")
+    assert (found["state"], found["order_id"]) == ("ordered", order["id"])
+    assert await paid.stock_of("cup") == (8, 2, 0)
+
+
+async def test_orders_are_found_by_state_number_user_and_attention(paid: PaidShop) -> None:
+    orders = [await paid.placed({"cup": 1}) for _ in range(5)]
+    await paid.did(paid.buyer, f"/v1/orders/{orders[1]['id']}/cancel", {"reason": "no"})
+    eve = await paid.shop.customer()
+    other = await (await paid.shop.order(eve, {"pot": 1})).json()
+    newest = [order["id"] for order in reversed([*orders, other])]
+
+    async def found(query: str, who: Any = None) -> list[int]:
+        ids: list[int] = []
+        cursor = ""
+        while True:
+            page = await paid.get(f"/v1/orders?limit=2{query}{cursor}", who or paid.staff)
+            ids += [order["id"] for order in page["data"]]
+            if not page["has_more"]:
+                return ids
+            cursor = f"&starting_after={page['next_cursor']}"
+
+    assert await found("") == newest
+    assert await found("", paid.buyer) == newest[1:]
+    assert await found("&state=cancelled") == [orders[1]["id"]]
+    assert await found("&state=cancelled", paid.buyer) == [orders[1]["id"]]
+    assert await found("&state=pending_payment", eve) == [other["id"]]
+    assert await found(f"&user_id={eve.id}") == [other["id"]]
+    assert await found(f"&number={orders[2]['number'].lower()}") == [orders[2]["id"]]
+    assert await found(f"&number={orders[2]['number']}", eve) == []
+    assert await found("&number=nonsense") == []
+    assert await found("&needs_attention=true") == []
+    assert await found(f"&needs_attention=false&state=pending_payment&user_id={paid.buyer.id}") == [
+        order["id"] for order in reversed(orders) if order is not orders[1]
+    ]
+    for query in (f"?user_id={eve.id}", "?needs_attention=true"):
+        await problem(await paid.shop.orders.get(f"/v1/orders{query}", headers=paid.buyer.headers), 403, "forbidden")
+
+
+async def test_a_step_that_is_given_up_is_shown_to_staff_who_give_it_back(
+    store: kvstore.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "ATTEMPTS_MAX", 2)
+    async with PaidShop(store, tmp_path, rates={"reset_before": 1.0}) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10)
+        order = await paid.placed()
+        await paid.paid(order)
+
+        async def parked() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = (await paid.get("/v1/parked-steps", paid.staff))["data"]
+            return found
+
+        async def is_parked() -> bool:
+            return bool(await parked())
+
+        await until(is_parked, 20.0, "a parked step", poll_s=0.05)
+        (step,) = await parked()
+        assert (step["kind"], step["subject"], step["code"]) == ("payment", f"{order['id']}-1", "provider_unknown")
+        await problem(await paid.shop.orders.get("/v1/parked-steps", headers=paid.buyer.headers), 403, "forbidden")
+        async with paid.session.put(
+            paid.psp.make_url("/control/failures"), json={"rates": {}}, headers={"Authorization": f"Bearer {API_KEY}"}
+        ) as healed:
+            assert healed.status == 200, await healed.text()
+        await paid.did(paid.staff, f"/v1/parked-steps/payment/{order['id']}-1/retry")
+        await paid.becomes(order, state="confirmed", payment_status="paid")
+        assert await parked() == []
+        again = await paid.say(paid.staff, f"/v1/parked-steps/payment/{order['id']}-1/retry")
+        await problem(again, 404, "not_found")

@@ -1,0 +1,8 @@
+"""Kinds of steps that one service writes and the workers of another do; all others are their service's own business."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# The subject is the id of a user whose account is erased: what the orders hold of the person is to go.
+FORGET_CUSTOMER: Final = "forget-customer"
