@@ -18,6 +18,7 @@ from services.users.records import (
     sessions_of,
     user_key,
 )
+from services.web.tokens import TOKEN_GONE_AFTER_S
 from services.work import steps
 from tests.services.shop import PASSWORD, Person, Shop, problem
 
@@ -93,7 +94,7 @@ async def test_erasure_leaves_nothing_of_a_person_in_the_current_state(shop: Sho
     stored = await shop.store.get(erased_key(ada.id))
     assert stored is not None
     tombstone = decode_erased(stored.value)
-    assert tombstone.free_by_ms - tombstone.erased_ms == Retention().backups_s * 1000
+    assert tombstone.free_by_ms - tombstone.erased_ms == (Retention().backups_s + TOKEN_GONE_AFTER_S) * 1000
     assert (erased["id"], erased["erased_at"] < erased["free_by"]) == (ada.id, True)
     await problem(await shop.users.get(ME, headers=ada.headers), 401, "invalid_token")
     again = await shop.users.post("/v1/sessions", json={"email": ada.email, "password": PASSWORD})
