@@ -1,4 +1,4 @@
-"""`python -m services`: run a service, create staff, rotate keys, or walk through the whole.
+"""`python -m services`: run a service, create staff, rotate keys, fill a shop, or walk through the whole.
 
 Exit codes: 0 done; 1 it could not be done, and standard error says why; 2 wrong usage.
 """
@@ -236,6 +236,26 @@ def rotate_keys(endpoints: str, drop_old: bool) -> None:
             return await rotate(store, drop_old=drop_old)
 
     click.echo(f"tokens are signed with key {_run(turn())} within a minute")
+
+
+@main.command()
+@endpoints_option
+@click.option("--products", type=click.IntRange(0, 99_999), default=5000, show_default=True)
+@click.option("--users", type=click.IntRange(0, 1_000_000), default=2000, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True, help="The same seed makes the same shop.")
+@click.option(
+    "--password", envvar="SEED_PASSWORD", default="walk-the-shop-42", show_default=True,
+    help="Of all these users: one hash serves them all, since hashing takes its time on purpose.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as one JSON object, nothing else.")
+def seed(endpoints: str, products: int, users: int, seed: int, password: str, as_json: bool) -> None:
+    """Fill the store with a catalogue and customers, to try things with.
+
+    What is there already stays as it is, so it may be run again, also to complete a run that was interrupted.
+    """
+    from services.seed.command import run_seed
+
+    _run(run_seed(endpoints, products, users, seed, password, as_json))
 
 
 @main.command()

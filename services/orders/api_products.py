@@ -96,11 +96,8 @@ class ProductApi:
 
         What is left out becomes its default. Products are archived (`is_active` false), not deleted: orders name them.
         """
-        now = now_ms()
-        product = Product(
-            sku, body.name, body.price, body.currency, now, body.description, body.category, body.is_active, now
-        )
-        stored, created = await self._catalogue.put(product, partial(check_match, call.request, product_key(sku)))
+        check = partial(check_match, call.request, product_key(sku))
+        stored, created = await self._catalogue.put(product_of(sku, body, now_ms()), check)
         response = json_response(encode(product_body(stored.product)), 201 if created else 200)
         response.headers["ETag"] = etag(stored.revision)
         if created:
@@ -160,6 +157,13 @@ class StockApi:
         if page is None:
             raise no_product(sku)
         return json_response(encode(page))
+
+
+def product_of(sku: str, given: ProductInput, at_ms: int) -> Product:
+    """The record of a product that is created at this moment."""
+    return Product(
+        sku, given.name, given.price, given.currency, at_ms, given.description, given.category, given.is_active, at_ms
+    )
 
 
 def product_body(product: Product) -> ProductBody:

@@ -205,13 +205,14 @@ class Catalogue:
         return result.results  # type: ignore[return-value]  # a range answers a range
 
 
-def adjustment_operations(adjustment: Adjustment) -> list[kvstore.Operation]:
-    """The writes of an adjustment, for the transaction that makes it. Refused as `out_of_range` where stock would fall
-    below 0 or pass `STOCK_MAX`."""
-    return [
-        kvstore.Add(on_hand_key(adjustment.sku), adjustment.delta, min=0, max=STOCK_MAX),
-        kvstore.Put(adjustment_key(adjustment.sku, adjustment.id), encode(adjustment)),
-    ]
+def adjustment_operations(first: Adjustment, *more: Adjustment) -> list[kvstore.Operation]:
+    """The writes of adjustments of one product, for the transaction that makes them. Refused as `out_of_range` where
+    stock would fall below 0 or pass `STOCK_MAX`."""
+    adjustments = (first, *more)
+    assert all(one.sku == first.sku for one in adjustments)
+    # One key is written once in a transaction.
+    change = kvstore.Add(on_hand_key(first.sku), sum(one.delta for one in adjustments), min=0, max=STOCK_MAX)
+    return [change, *(kvstore.Put(adjustment_key(one.sku, one.id), encode(one)) for one in adjustments)]
 
 
 def adjustment_of(adjustment: Adjustment) -> AdjustmentBody:

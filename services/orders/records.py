@@ -63,6 +63,8 @@ class Product(Struct, frozen=True, tag_field="v", tag=1):
 
 
 class Adjustment(Struct, frozen=True, tag_field="v", tag=1):
+    """`user_id` 0: by an operator's command."""
+
     id: int
     sku: str
     delta: int

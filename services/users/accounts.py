@@ -92,12 +92,9 @@ class Accounts:
             now = self._clock_ms()
             user = User(self._ids.next(), email.strip(), name, age, role, password_hash, now, password_changed_ms=now)
             result = await self._store.txn(
-                compare=[_absent(by_email), _absent(user_key(user.id)), _absent(erased_key(user.id))],
+                compare=account_absent(user),
                 success=[
-                    kvstore.Put(user_key(user.id), encode(user)),
-                    kvstore.Put(by_email, b"%d" % user.id),
-                    kvstore.Put(newest_key(user.id), b""),
-                    kvstore.Put(role_key(role, user.id), b""),
+                    *account_puts(user),
                     *await self._audit.puts(Action.REGISTERED, origin, actor=user.id, subject=user.id),
                 ],
                 failure=[kvstore.Range(by_email)],
@@ -247,6 +244,21 @@ class Accounts:
         user, ended = await self._store.run_transaction(body)
         self._sessions.forget(ended)
         return user
+
+
+def account_absent(user: User) -> list[kvstore.Compare]:
+    """That neither this account nor another with its email exists, and that its id was never used."""
+    return [_absent(email_key(normalise_email(user.email))), _absent(user_key(user.id)), _absent(erased_key(user.id))]
+
+
+def account_puts(user: User) -> list[kvstore.Put]:
+    """The record of a new account, and its places in the indexes."""
+    return [
+        kvstore.Put(user_key(user.id), encode(user)),
+        kvstore.Put(email_key(normalise_email(user.email)), b"%d" % user.id),
+        kvstore.Put(newest_key(user.id), b""),
+        kvstore.Put(role_key(user.role, user.id), b""),
+    ]
 
 
 async def move_role(txn: kvstore.Transaction, user: User, role: Role) -> User:

@@ -95,14 +95,14 @@ class PostalAddresses:
 
     async def add(self, user_id: int, given: AddressInput, origin: Origin) -> Address:
         """Of two at once for the last place one is refused. Raises `Problem`: `too_many_addresses`, `invalid_body`."""
-        _check_country(given)
+        check_country(given)
 
         async def body(txn: kvstore.Transaction) -> Address:
             await read_user(txn, user_id)  # so that none is added while the account is erased
             found = await txn.range(prefix=addresses_of(user_id), keys_only=True)
             if found.count >= ADDRESSES_MAX:
                 raise Problem("too_many_addresses", f"An account has {ADDRESSES_MAX} addresses at most; delete one")
-            address = _address(self._ids.next(), given, self._clock_ms())
+            address = new_address(self._ids.next(), given, self._clock_ms())
             key = address_key(user_id, address.id)
             if await txn.get(key) is not None:
                 raise Problem("contended", "Try again")  # another process drew the same id in this millisecond
@@ -116,12 +116,12 @@ class PostalAddresses:
         self, user_id: int, address_id: int, given: AddressInput, origin: Origin, check: Callable[[int], None]
     ) -> Address:
         """`check` refuses by the revision that is there. Raises `Problem`: `not_found`, `invalid_body`."""
-        _check_country(given)
+        check_country(given)
 
         async def body(txn: kvstore.Transaction) -> Address:
             stored = _stored(await txn.get(address_key(user_id, address_id)))
             check(stored.revision)
-            address = _address(address_id, given, stored.address.created_ms)
+            address = new_address(address_id, given, stored.address.created_ms)
             txn.put(address_key(user_id, address_id), encode(address))
             await self._write(txn, Action.ADDRESS_CHANGED, user_id, address_id, origin)
             return address
@@ -149,7 +149,7 @@ def address_body(address: Address) -> AddressBody:
     return AddressBody(created_at=timestamp(fields.pop("created_ms")), **fields)
 
 
-def _address(address_id: int, given: AddressInput, created_ms: int) -> Address:
+def new_address(address_id: int, given: AddressInput, created_ms: int) -> Address:
     return Address(id=address_id, created_ms=created_ms, **msgspec.structs.asdict(given))
 
 
@@ -159,6 +159,6 @@ def _stored(record: kvstore.Record | None) -> StoredAddress:
     return StoredAddress(decode_address(record.value), record.mod_revision)
 
 
-def _check_country(given: AddressInput) -> None:
+def check_country(given: AddressInput) -> None:
     if given.country not in _COUNTRIES:
         raise field_problem("/country", "invalid_value", "This is no country of ISO 3166-1")

@@ -1,4 +1,4 @@
-"""A service as a process of its own, as it runs in earnest."""
+"""A service, or a command, as a process of its own, as it runs in earnest."""
 
 from __future__ import annotations
 
@@ -76,3 +76,20 @@ class ServiceProcess:
                 return answer.status == 200
         except (aiohttp.ClientError, OSError):
             return False
+
+
+async def command(*arguments: str, stdin: str = "", **environment: str) -> tuple[int, str]:
+    """`python -m services …` to its end: (exit code, all output)."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services", *arguments, cwd=ROOT, env={**os.environ, **environment},
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(30):
+            out, _ = await process.communicate(stdin.encode())
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise
+    assert process.returncode is not None
+    return process.returncode, out.decode()

@@ -6,33 +6,15 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from tests.cluster.harness import ROOT, ClusterProcesses, free_ports, until
-from tests.services.processes import ServiceProcess
+from tests.cluster.harness import ClusterProcesses, free_ports, until
+from tests.services.processes import ServiceProcess, command
 
 PASSWORD = "correct horse battery staple"
-
-
-async def command(*arguments: str, stdin: str = "", **environment: str) -> tuple[int, str]:
-    """`python -m services …` to its end: (exit code, all output)."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services", *arguments, cwd=ROOT, env={**os.environ, **environment},
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(30):
-            out, _ = await process.communicate(stdin.encode())
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        raise
-    assert process.returncode is not None
-    return process.returncode, out.decode()
 
 
 async def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
