@@ -12,8 +12,8 @@ Rules
 3. A cart, ordered or not, and its places in the lists end `KEPT_S` after its last change, together: with the lease that
    all three are under. A change puts them under a newer one.
 
-**For who places an order from a cart**: `read_cart`, then in the order's transaction compare that the record at
-`cart_key` still has that `revision`, and write `cart_operations(ordered(cart, order_id), await carts.lease())`.
+**For who places an order from a cart**: `read_cart`, then in the order's transaction compare `stored.unchanged`, and
+write `cart_operations(ordered(stored.cart, order_id), await carts.lease())`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ class StoredCart(Struct, frozen=True):
     cart: Cart
     revision: int
 
+    @property
+    def unchanged(self) -> kvstore.Compare:
+        key = cart_key(self.cart.id)
+        return kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, self.revision)
+
 
 decode_cart = msgspec.json.Decoder(Cart).decode
 
@@ -88,14 +93,19 @@ def active_carts_of(user_id: int) -> bytes:
     return b"user-active-carts/%d/" % user_id
 
 
-def cart_operations(cart: Cart, lease: int) -> list[kvstore.Operation]:
+def places_of(cart: Cart) -> tuple[bytes, bytes]:
+    """Its keys in the list of all, and in that of active ones."""
+    place = b"%016d" % (ID_MAX - cart.id)
+    return carts_of(cart.user_id) + place, active_carts_of(cart.user_id) + place
+
+
+def cart_operations(cart: Cart, lease: int) -> list[kvstore.Put | kvstore.Delete]:
     """The writes that make the cart what it is now, with its places in the lists. For a transaction that compares what
     it was before."""
-    place = b"%016d" % (ID_MAX - cart.id)
-    active = active_carts_of(cart.user_id) + place
+    own, active = places_of(cart)
     return [
         kvstore.Put(cart_key(cart.id), encode(cart), lease=lease),
-        kvstore.Put(carts_of(cart.user_id) + place, b"", lease=lease),
+        kvstore.Put(own, b"", lease=lease),
         kvstore.Put(active, b"", lease=lease) if cart.state is CartState.ACTIVE else kvstore.Delete(active),
     ]
 
@@ -217,9 +227,8 @@ class Carts:
             stored = _stored(await txn.get(cart_key(cart_id)), user_id)
             check(stored.revision)
             check_active(stored.cart)
-            for operation in cart_operations(stored.cart, 0):
-                assert isinstance(operation, kvstore.Put)  # an active one has nothing to delete
-                txn.delete(operation.key)
+            for key in (cart_key(cart_id), *places_of(stored.cart)):
+                txn.delete(key)
 
         await self._store.run_transaction(body)
 

@@ -44,7 +44,8 @@ _ADJUST_ATTEMPTS: Final = 8  # each fails only where two processes drew one id a
 
 
 class StoredProduct(Struct, frozen=True):
-    """A product record and what placing an order needs beside it, made once per record instead of once per order."""
+    """A product record and what placing an order needs beside it, made once per record instead of once per order. In
+    the cache the product has no description: that would be most of it, and no order needs it."""
 
     product: Product
     revision: int
@@ -106,9 +107,12 @@ class Catalogue:
         raise Problem("contended", "The product kept changing; try again")
 
     async def read(self, sku: str) -> StoredProduct | None:
-        """The product as it is now."""
-        await self.load([sku])
-        return self._cached.get(sku)
+        """The product as it is now, with all its fields."""
+        (found,) = await self._read(product_key(sku))
+        if not found.records:
+            self._cached.pop(sku, None)
+            return None
+        return self._keep(decode_product(found.records[0].value), found.records[0].mod_revision)
 
     def cached(self, sku: str) -> StoredProduct | None:
         return self._cached.get(sku)
@@ -131,6 +135,7 @@ class Catalogue:
             self._cached.pop(sku, None)
 
     def _keep(self, product: Product, revision: int) -> StoredProduct:
+        """The product with all its fields; the cache has it without those that no order needs."""
         key = product_key(product.sku)
         stored = StoredProduct(
             product,
@@ -142,7 +147,8 @@ class Catalogue:
         )
         if len(self._cached) >= _CACHED_MAX and product.sku not in self._cached:
             del self._cached[next(iter(self._cached))]  # the oldest; a hot one is back with the next order
-        self._cached[product.sku] = stored
+        kept = msgspec.structs.replace(product, description="") if product.description else product
+        self._cached[product.sku] = msgspec.structs.replace(stored, product=kept)
         return stored
 
     # --- stock --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@
 
 Numbers within an order have six digits, so that they sort.
 
-Money is an integer of minor units (cents) and a currency; there are no floats.
+Carts and their keys are in `carts.py`. Money is an integer of minor units (cents) and a currency; there are no floats.
 """
 
 from __future__ import annotations

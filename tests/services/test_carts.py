@@ -74,9 +74,8 @@ async def order_it(shop: Shop, person: Person, path: str, order_id: int = 77) ->
     """As placing an order from the cart does, as far as the cart goes."""
     cart_id = int(path.rpartition("/")[2])
     stored = await read_cart(shop.store, person.id, cart_id)
-    unchanged = kvstore.Compare(cart_key(cart_id), kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, stored.revision)
     lease = await Carts(shop.store).lease()
-    result = await shop.store.txn([unchanged], cart_operations(ordered(stored.cart, order_id), lease))
+    result = await shop.store.txn([stored.unchanged], cart_operations(ordered(stored.cart, order_id), lease))
     assert result.succeeded
 
 
@@ -369,8 +368,7 @@ async def test_a_cart_that_changes_while_it_is_ordered_is_not_ordered(shop: Shop
     cart_id = int(path.rpartition("/")[2])
     stored = await read_cart(shop.store, ada.id, cart_id)
     await fill(shop, ada, path, cup=2)
-    unchanged = kvstore.Compare(cart_key(cart_id), kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, stored.revision)
-    result = await shop.store.txn([unchanged], cart_operations(ordered(stored.cart, 7), 0))
+    result = await shop.store.txn([stored.unchanged], cart_operations(ordered(stored.cart, 7), 0))
     assert not result.succeeded
     with pytest.raises(Problem) as caught:
         await read_cart(shop.store, ada.id + 1, cart_id)

@@ -102,9 +102,7 @@ async def test_products_are_as_the_service_would_have_written_them(store: kvstor
     loaded = decode_product(record.value)
     async with Shop(store, with_users=False) as shop:
         staff = await shop.staff()
-        body = json.loads(
-            json.dumps({name: getattr(wanted.product, name) for name in wanted.product.__struct_fields__})
-        )
+        body = msgspec.structs.asdict(wanted.product)
         answer = await shop.orders.put(f"/v1/products/{wanted.sku}", json=body, headers=staff.headers)
         assert answer.status == 200  # it was there
         again = await store.get(product_key(wanted.sku))
