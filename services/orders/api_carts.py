@@ -21,7 +21,7 @@ from services.web.paging import Page, PageQuery
 
 
 class QuantityInput(RequestBody, frozen=True):
-    quantity: Annotated[int, Meta(ge=1, le=QUANTITY_MAX)]
+    quantity: Annotated[int, Meta(ge=1, le=QUANTITY_MAX, examples=[2])]
 
 
 class CartApi:

@@ -9,8 +9,8 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from services.orders.catalogue import AdjustmentBody, Catalogue, StoredProduct, no_product
-from services.orders.records import AMOUNT_MAX, Product, Sku, encode, product_key
-from services.orders.search import ProductSearch, ProductsQuery
+from services.orders.records import Product, Sku, encode, product_key
+from services.orders.search import Currency, Price, ProductSearch, ProductsQuery
 from services.web.answers import json_response
 from services.web.bodies import Name, RequestBody, Text
 from services.web.endpoints import Access, Call, Condition, get, post, put
@@ -26,24 +26,24 @@ Description = Annotated[
     str, Meta(max_length=2000, pattern=r"\A[^\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z")
 ]
 CategoryOrNone = Annotated[
-    str, Meta(max_length=64, pattern=r"\A([a-z0-9]+(-[a-z0-9]+)*)?\Z", description="As `kitchen`, or empty: none.")
+    str, Meta(max_length=64, pattern=r"\A([a-z0-9]+(-[a-z0-9]+)*)?\Z", examples=["kitchen"], description="Empty: none.")
 ]
 
 
 class ProductInput(RequestBody, frozen=True):
     """`is_active` false archives a product: it cannot be ordered any more, and only staff see it."""
 
-    name: Name
-    price: Annotated[int, Meta(ge=0, le=AMOUNT_MAX)]
-    currency: Annotated[str, Meta(pattern=r"\A[A-Z]{3}\Z")]
+    name: Annotated[Name, Meta(examples=["A blue mug"])]
+    price: Annotated[Price, Meta(examples=[1250])]
+    currency: Currency
     description: Description = ""
     category: CategoryOrNone = ""
     is_active: bool = True
 
 
 class AdjustmentInput(RequestBody, frozen=True):
-    delta: Annotated[int, Meta(ge=-DELTA_MAX, le=DELTA_MAX)]
-    reason: Text
+    delta: Annotated[int, Meta(ge=-DELTA_MAX, le=DELTA_MAX, extra_json_schema={"not": {"const": 0}}, examples=[10])]
+    reason: Annotated[Text, Meta(examples=["delivery"])]
 
 
 class ProductBody(Struct, frozen=True):

@@ -21,7 +21,7 @@
 
 Numbers within an order have six digits, so that they sort.
 
-Carts and their keys are in `carts.py`. Money is an integer of minor units (cents) and a currency; there are no floats.
+Money is an integer of minor units (cents) and a currency; there are no floats.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from services.orders.states import OrderState, PaymentState, RefundState, Return
 from services.web.ids import ID_MAX
 
 SKU_PATTERN: Final = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
-Sku = Annotated[str, Meta(pattern=SKU_PATTERN)]
+Sku = Annotated[str, Meta(pattern=SKU_PATTERN, examples=["mug-blue"])]
 QUANTITY_MAX: Final = 1_000_000  # of one product, in a cart or an order
 LINES_MAX: Final = 100  # 4 compares, writes and reads each: well within the store's 1,024 operations
 AMOUNT_MAX: Final = 10**12  # minor units: ten thousand million euros
