@@ -59,11 +59,12 @@ class ProductBody(Struct, frozen=True):
 
 
 class StockBody(Struct, frozen=True):
-    """For staff."""
+    """For staff: what may be sold, what orders hold until they are paid, what paid ones hold until it is shipped."""
 
     sku: str
     on_hand: int
     reserved: int
+    allocated: int
 
 
 class AvailabilityBody(Struct, frozen=True):
@@ -144,7 +145,7 @@ class StockApi:
         if level is None or not (level.is_active or is_staff):
             raise no_product(sku)
         if is_staff:
-            return json_response(encode(StockBody(sku, level.on_hand, level.reserved)))
+            return json_response(encode(StockBody(sku, level.on_hand, level.reserved, level.allocated)))
         return json_response(encode(AvailabilityBody(sku, level.on_hand)))
 
     @get("/v1/products/{sku}/stock/adjustments", {200: Page[AdjustmentBody]}, access=Access.STAFF)

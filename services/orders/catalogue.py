@@ -24,6 +24,7 @@ from services.orders.records import (
     Product,
     adjustment_key,
     adjustments_of,
+    allocated_key,
     decode_adjustment,
     decode_product,
     encode,
@@ -69,6 +70,7 @@ class StockLevel(Struct, frozen=True):
 
     on_hand: int
     reserved: int
+    allocated: int
     is_active: bool
 
 
@@ -155,10 +157,11 @@ class Catalogue:
 
     async def stock(self, sku: str) -> StockLevel | None:
         """None if there is no such product."""
-        product, on_hand, reserved = await self._read(product_key(sku), on_hand_key(sku), reserved_key(sku))
+        product, *numbers = await self._read(product_key(sku), on_hand_key(sku), reserved_key(sku), allocated_key(sku))
         if not product.records:
             return None
-        return StockLevel(_number(on_hand), _number(reserved), decode_product(product.records[0].value).is_active)
+        on_hand, reserved, allocated = map(_number, numbers)
+        return StockLevel(on_hand, reserved, allocated, decode_product(product.records[0].value).is_active)
 
     async def adjust(
         self, request: web.Request, idempotency: Idempotency, sku: str, delta: int, reason: str, user_id: int

@@ -151,7 +151,7 @@ async def test_reading_stock(shop: Shop) -> None:
         answer = await shop.orders.get("/v1/products/cup/stock", headers=headers)
         assert await answer.json() == {"sku": "cup", "available": 3}
     answer = await shop.orders.get("/v1/products/cup/stock", headers=staff.headers)
-    assert await answer.json() == {"sku": "cup", "on_hand": 3, "reserved": 2}
+    assert await answer.json() == {"sku": "cup", "on_hand": 3, "reserved": 2, "allocated": 0}
     await problem(await shop.orders.get("/v1/products/cap/stock"), 404, "not_found")
 
 
