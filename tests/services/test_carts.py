@@ -22,12 +22,10 @@ from services.orders.carts import (
     cart_operations,
     carts_of,
     decode_cart,
-    ordered,
     read_cart,
 )
 from services.orders.records import LINES_MAX
 from services.web.ids import Ids
-from services.web.problems import Problem
 from tests.services.shop import Person, Shop, problem
 
 
@@ -70,13 +68,17 @@ async def archive(shop: Shop, staff: Person, sku: str) -> None:
     assert (await shop.orders.put(f"/v1/products/{sku}", json=body, headers=staff.headers)).status == 200
 
 
-async def order_it(shop: Shop, person: Person, path: str, order_id: int = 77) -> None:
-    """As placing an order from the cart does, as far as the cart goes."""
-    cart_id = int(path.rpartition("/")[2])
-    stored = await read_cart(shop.store, person.id, cart_id)
-    lease = await Carts(shop.store).lease()
-    result = await shop.store.txn([stored.unchanged], cart_operations(ordered(stored.cart, order_id), lease))
-    assert result.succeeded
+async def order_it(shop: Shop, person: Person, path: str, **more: Any) -> ClientResponse:
+    body = {"cart_id": int(path.rpartition("/")[2]), **more}
+    return await shop.orders.post("/v1/orders", json=body, headers=person.once())
+
+
+async def ordered(shop: Shop, person: Person, path: str) -> int:
+    """The order that the cart becomes."""
+    answer = await order_it(shop, person, path)
+    assert answer.status == 201, await answer.text()
+    order_id: int = (await answer.json())["id"]
+    return order_id
 
 
 async def records(shop: Shop, person: Person) -> tuple[int, int, int]:
@@ -307,6 +309,7 @@ async def test_a_change_of_what_was_read(shop: Shop) -> None:
 
 async def test_active_carts_are_bounded_also_when_begun_at_once(shop: Shop) -> None:
     ada, bob = await shop.customer(), await shop.customer()
+    await shop.stock(await shop.staff(), "cup", 9)
     paths = [await begin(shop, ada) for _ in range(CARTS_MAX - 2)]
     answers = await asyncio.gather(*(shop.orders.post("/v1/carts", headers=ada.once()) for _ in range(5)))
     assert sorted(answer.status for answer in answers) == [201, 201, 409, 409, 409]
@@ -314,7 +317,8 @@ async def test_active_carts_are_bounded_also_when_begun_at_once(shop: Shop) -> N
     await problem(await shop.orders.post("/v1/carts", headers=headers), 409, "too_many_carts")
     await begin(shop, bob)
     # One that was ordered takes no room; what was answered stays answered.
-    await order_it(shop, ada, paths[0])
+    await fill(shop, ada, paths[0], cup=1)
+    await ordered(shop, ada, paths[0])
     await problem(await shop.orders.post("/v1/carts", headers=headers), 409, "too_many_carts")
     await begin(shop, ada)
     assert (await shop.orders.delete(paths[1], headers=ada.headers)).status == 204
@@ -332,11 +336,11 @@ async def test_ones_carts_are_listed_newest_first(shop: Shop) -> None:
     paths = [await begin(shop, ada) for _ in range(3)]
     await begin(shop, bob)
     await fill(shop, ada, paths[1], cup=2)
-    await order_it(shop, ada, paths[1])
+    order_id = await ordered(shop, ada, paths[1])
     first = await (await shop.orders.get("/v1/carts", params={"limit": 2}, headers=ada.headers)).json()
     assert [f"/v1/carts/{cart['id']}" for cart in first["data"]] == paths[:0:-1]
-    ordered_one = first["data"][1]
-    assert (ordered_one["state"], ordered_one["order_id"], ordered_one["line_count"]) == ("ordered", 77, 1)
+    shown = first["data"][1]
+    assert (shown["state"], shown["order_id"], shown["line_count"]) == ("ordered", order_id, 1)
     rest = {"limit": 2, "starting_after": first["next_cursor"]}
     second = await (await shop.orders.get("/v1/carts", params=rest, headers=ada.headers)).json()
     assert [f"/v1/carts/{cart['id']}" for cart in second["data"]] == paths[:1]
@@ -348,31 +352,65 @@ async def test_an_ordered_cart_stays_as_it_is(shop: Shop) -> None:
     await shop.stock(staff, "cup", 9)
     path = await begin(shop, ada)
     await fill(shop, ada, path, cup=2)
-    await order_it(shop, ada, path)
+    order_id = await ordered(shop, ada, path)
     cart = await read(shop, ada, path)
-    assert (cart["state"], cart["order_id"], cart["version"], cart["can_be_ordered"]) == ("ordered", 77, 3, False)
+    assert (cart["state"], cart["order_id"], cart["version"], cart["can_be_ordered"]) == ("ordered", order_id, 3, False)
     for answer in (
         await put_line(shop, ada, path, "cup", 1),
         await shop.orders.delete(f"{path}/lines/cup", headers=ada.headers),
         await shop.orders.delete(path, headers=ada.headers),
+        await order_it(shop, ada, path),
     ):
         found = await problem(answer, 409, "cart_ordered")
-        assert "77" in found["detail"]
+        assert str(order_id) in found["detail"]
     assert await read(shop, ada, path) == cart
 
 
-async def test_a_cart_that_changes_while_it_is_ordered_is_not_ordered(shop: Shop) -> None:
+async def test_a_cart_becomes_one_order(shop: Shop) -> None:
     staff, ada = await shop.staff(), await shop.customer()
     await shop.stock(staff, "cup", 9)
     path = await begin(shop, ada)
-    cart_id = int(path.rpartition("/")[2])
-    stored = await read_cart(shop.store, ada.id, cart_id)
     await fill(shop, ada, path, cup=2)
-    result = await shop.store.txn([stored.unchanged], cart_operations(ordered(stored.cart, 7), 0))
-    assert not result.succeeded
-    with pytest.raises(Problem) as caught:
-        await read_cart(shop.store, ada.id + 1, cart_id)
-    assert caught.value.code == "not_found"
+    async with Shop(shop.store, with_users=False) as elsewhere:
+        answers = await asyncio.gather(*(order_it(shop if n % 2 else elsewhere, ada, path) for n in range(6)))
+    assert sorted(answer.status for answer in answers) == [201] + [409] * 5
+    assert [await shop.on_hand("cup"), await shop.reserved("cup")] == [7, 2]
+
+
+@pytest.mark.parametrize("first", ["order", "change"])
+async def test_a_cart_that_changes_while_it_is_ordered(shop: Shop, first: str) -> None:
+    """Whoever comes first: an order has what the cart showed in the end, to the last line."""
+    staff, ada = await shop.staff(), await shop.customer()
+    await shop.stock(staff, "cup", 100)
+    for _ in range(5):
+        path = await begin(shop, ada)
+        await fill(shop, ada, path, cup=1)
+        both = [order_it(shop, ada, path), put_line(shop, ada, path, "cup", 2)]
+        answers = await asyncio.gather(*(both if first == "order" else reversed(both)))
+        placed, changed = answers if first == "order" else reversed(answers)
+        assert placed.status == 201
+        (line,) = (await placed.json())["lines"]
+        assert changed.status == (200 if line["quantity"] == 2 else 409)
+        assert [one["quantity"] for one in (await read(shop, ada, path))["lines"]] == [line["quantity"]]
+
+
+async def test_a_cart_with_a_problem_is_not_ordered(shop: Shop) -> None:
+    staff, ada, bob = await shop.staff(), await shop.customer(), await shop.customer()
+    await shop.stock(staff, "cup", 1)
+    await shop.stock(staff, "old", 5)
+    path = await begin(shop, ada)
+    cart = await fill(shop, ada, path, cup=1, old=1)
+    await problem(await order_it(shop, bob, path), 404, "not_found")
+    await problem(await order_it(shop, ada, path, cart_version=cart["version"] - 1), 409, "cart_changed")
+    await archive(shop, staff, "old")
+    await problem(await order_it(shop, ada, path), 409, "product_unavailable")
+    assert (await shop.orders.delete(f"{path}/lines/old", headers=ada.headers)).status == 200
+    assert (await fill(shop, ada, path, cup=2))["can_be_ordered"] is False
+    await problem(await order_it(shop, ada, path), 409, "insufficient_stock")
+    assert (await read(shop, ada, path))["state"] == "active"
+    assert [await shop.on_hand("cup"), await shop.reserved("cup")] == [1, 0]
+    assert (await fill(shop, ada, path, cup=1))["can_be_ordered"] is True
+    await ordered(shop, ada, path)
 
 
 async def test_a_cart_and_its_places_in_lists_end_together(shop: Shop) -> None:
