@@ -10,7 +10,8 @@ Rules
 1. Every change compares the record that it was made from, so none is lost, and `version` grows by one with each.
 2. A cart that was ordered does not change any more.
 3. A cart, ordered or not, and its places in the lists end `KEPT_S` after its last change, together: with the lease that
-   all three are under. A change puts them under a newer one.
+   all three are under. A change puts them under a newer one. So do those of an account that was erased: nothing in
+   them names a person.
 
 **For who places an order from a cart**: `read_cart`, then in the order's transaction compare `stored.unchanged`, and
 write `cart_operations(ordered(stored.cart, order_id), await carts.lease())`.

@@ -153,7 +153,8 @@ async def test_a_page_looks_at_so_many_and_no_more(store: kvstore.Client) -> Non
     many.append(product("t", price=9, category="c"))
     for start in range(0, len(many), 100):
         await store.txn(success=[one for each in many[start : start + 100] for one in product_operations(each, None)])
-    for conditions in ({}, {"category": "c"}, {"q": "thing"}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"category": "c"}, {"q": "thing"})
+    for conditions in choices:
         query = ProductsQuery(limit=5, min_price=9, **conditions)
         first = await ProductSearch(store).page(query, is_staff=False)
         assert (first.data, first.has_more) == ([], True)
@@ -178,7 +179,8 @@ async def test_the_largest_products_fit_a_page(store: kvstore.Client) -> None:
         for number in range(100)
     ]
     await fill(store, *largest)
-    for conditions in ({}, {"category": "c" * 64}, {"in_stock": False}):
+    choices: tuple[dict[str, Any], ...] = ({}, {"category": "c" * 64}, {"in_stock": False})
+    for conditions in choices:
         page = await ProductSearch(store).page(ProductsQuery(limit=100, **conditions), is_staff=False)
         assert [one.sku for one in page.data] == [one.sku for one in largest]
         assert page.has_more is False
@@ -187,7 +189,7 @@ async def test_the_largest_products_fit_a_page(store: kvstore.Client) -> None:
 async def test_lists_over_http(store: kvstore.Client) -> None:
     await fill(store, *KITCHEN)
     async with Shop(store, with_users=False) as shop:
-        page = {"category": "kitchen", "limit": 2, "max_price": 9900}
+        page: dict[str, str | int] = {"category": "kitchen", "limit": 2, "max_price": 9900}
         first = await (await shop.orders.get("/v1/products", params=page)).json()
         assert [one["sku"] for one in first["data"]] == ["KIT-1", "KIT-2"]
         assert set(first["data"][0]) == set(await (await shop.orders.get("/v1/products/KIT-1")).json())
