@@ -230,7 +230,7 @@ def rotate_keys(endpoints: str, drop_old: bool) -> None:
     """
 
     async def turn() -> str:
-        from services.web.key_rotation import rotate
+        from services.users.parts import rotate_keys as rotate
 
         async with kvstore.connect(endpoints) as store:
             return await rotate(store, drop_old=drop_old)

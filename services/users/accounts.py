@@ -18,9 +18,11 @@ from services.users.audit import OPERATOR, Action, AuditLog, Origin
 from services.users.credentials import (
     Checked,
     Credentials,
-    learn_address,
+    Seen,
+    learned,
     no_account,
     normalise_email,
+    ranges_of,
     read_user,
     wrong_password,
 )
@@ -40,7 +42,7 @@ from services.users.records import (
     user_key,
 )
 from services.users.sessions import Granted, Sessions
-from services.users.throttle import REGISTRATION, Counted, Throttle
+from services.users.throttle import REGISTRATION, Counted, Throttle, record_of
 from services.web.clients import counted_address
 from services.web.ids import Ids
 from services.web.problems import Problem
@@ -113,6 +115,7 @@ class Accounts:
         for _ in range(_ATTEMPTS_MAX):
             checked = await self._credentials.check(email, password, origin)
             if checked.user.is_blocked:
+                await self._credentials.take_back(checked)
                 user_id = checked.user.id
                 await self._audit.append(Action.SIGN_IN_BLOCKED, origin, actor=user_id, subject=user_id)
                 raise Problem("account_blocked", "Ask the shop why")
@@ -120,6 +123,7 @@ class Accounts:
             granted = await self._open(checked, renewed, origin)
             if granted is not None:
                 return granted
+            await self._credentials.take_back(checked)
         raise Problem("contended", "The account kept changing; try again")
 
     async def _renewed(self, user: User, password: str) -> str:
@@ -127,30 +131,47 @@ class Accounts:
         return await self._passwords.hash(password) if self._passwords.outdated(user.password_hash) else ""
 
     async def _open(self, checked: Checked, renewed_hash: str, origin: Origin) -> Granted | None:
-        """None if the account has changed, so that it has to be checked anew."""
-
-        async def body(txn: kvstore.Transaction) -> tuple[Granted, list[str]] | None:
-            record = await txn.get(user_key(checked.user.id))
-            stored = StoredUser(decode_user(record.value), record.mod_revision) if record is not None else None
-            if stored is None or stored.user.is_blocked or not self._credentials.still_holds(txn, checked, stored):
+        """All that a sign-in changes, in one round trip: under compares with all that was read before the password was
+        checked. Where any of it has changed since, it is read again by the same request, and tried again with that.
+        None, and nothing is changed, if the account is not as it was checked."""
+        user_id, seen, taken = checked.user.id, checked.seen, list(checked.taken)
+        for attempt in range(1, _ATTEMPTS_MAX + 1):
+            stored = seen.stored
+            if stored is None or stored.user.is_blocked or stored.user.password_hash != checked.user.password_hash:
                 return None
-            user = stored.user
+            opening = await self._sessions.opening(stored.user, seen.sessions.records, origin)
+            details = {"session": opening.granted.session_id}
+            action = Action.SIGNED_IN
+            now = self._clock_ms()
+            success: list[kvstore.Operation] = [
+                *opening.operations,
+                *(one.lowered(now) for one in taken),
+                *await self._audit.puts(action, origin, actor=user_id, subject=user_id, details=details),
+            ]
+            if checked.pair is not None:
+                success.append(kvstore.Delete(checked.pair.key))
             if renewed_hash:
-                txn.put(user_key(user.id), encode(msgspec.structs.replace(user, password_hash=renewed_hash)))
-            await learn_address(txn, user.id, origin)
-            granted, ended = await self._sessions.open(txn, user, origin)
-            details = {"session": granted.session_id}
-            await self._audit.write(txn, Action.SIGNED_IN, origin, actor=user.id, subject=user.id, details=details)
-            return granted, ended
-
-        opened = await self._store.run_transaction(body)
-        if opened is None:
-            return None
-        granted, ended = opened
-        self._sessions.forget(ended)
-        if renewed_hash:
-            log.info("rehashed", user=granted.user_id)
-        return granted
+                renewed = msgspec.structs.replace(stored.user, password_hash=renewed_hash)
+                success.append(kvstore.Put(user_key(user_id), encode(renewed)))
+            learns = learned(user_id, seen.addresses, origin)
+            if learns is not None:
+                success.append(learns)
+            result = await self._store.txn(
+                compare=[*seen.unchanged(user_id), *(one.unchanged for one in taken)],
+                success=success,
+                failure=[*ranges_of(user_id), *(kvstore.Range(one.counted.key) for one in taken)],
+            )
+            if result.succeeded:
+                self._sessions.forget(opening.ended)
+                if renewed_hash:
+                    log.info("rehashed", user=user_id)
+                return opening.granted
+            found = len(ranges_of(user_id))
+            seen = Seen.of(result.results[:found])
+            again = [one.again(record_of(record)) for one, record in zip(taken, result.results[found:], strict=True)]
+            taken = [one for one in again if one is not None]
+            await self._store.wait_for_others(attempt)
+        raise Problem("contended", "The account kept changing; try again")
 
     # --- the account --------------------------------------------------------------------------------------------------
 

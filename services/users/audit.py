@@ -52,6 +52,7 @@ class Action(StrEnum):
     ROLE_CHANGED = "role_changed"
     BLOCKED = "blocked"
     UNBLOCKED = "unblocked"
+    KEYS_ROTATED = "signing_keys_rotated"
     EXPORTED = "exported"
     ERASED = "erased"
 

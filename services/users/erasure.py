@@ -48,6 +48,7 @@ from services.users.records import (
     user_key,
 )
 from services.users.sessions import Sessions
+from services.users.throttle import Count, counts_of
 from services.web.ids import timestamp
 from services.web.problems import Problem
 from services.web.tokens import TOKEN_GONE_AFTER_S, Role
@@ -93,6 +94,17 @@ class MailedExport(Struct, frozen=True):
     expires_at: str
 
 
+class AttemptsExport(Struct, frozen=True):
+    """How many attempts were counted by a rule, from one address or (empty) from all, at the time of the last; the
+    number sinks with time. None is let through before `next_at`."""
+
+    rule: str
+    address: str
+    level: float
+    last_at: str
+    next_at: str
+
+
 class AccountExport(Struct, frozen=True):
     id: int
     email: str
@@ -107,7 +119,7 @@ class AccountExport(Struct, frozen=True):
 
 class ExportBody(Struct, frozen=True):
     """`activity_is_complete` is false where there is more at `/v1/users/me/activity`. Of secrets (the password, tokens)
-    only hashes are held; they are left out, and so are the counts of attempts, which are those of the activity."""
+    only hashes are held; they are left out."""
 
     exported_at: str
     account: AccountExport
@@ -116,6 +128,7 @@ class ExportBody(Struct, frozen=True):
     known_addresses: list[str]
     waiting_email: str | None
     mailed: list[MailedExport]
+    attempts: list[AttemptsExport]
     activity: list[ActivityBody]
     activity_is_complete: bool
 
@@ -148,6 +161,7 @@ class Erasure:
             mailed = await txn.range(prefix=mailed_of(user_id))
             known = await txn.get(known_key(user_id))
             waiting = await txn.get(email_change_key(user_id))
+            counts = await counts_of(txn, normalise_email(user.email), user_id)
         activity, is_complete = await self._activity(user_id)
         await self._audit.append(Action.EXPORTED, origin, actor=user_id, subject=user_id)
         return ExportBody(
@@ -168,6 +182,7 @@ class Erasure:
             list(decode_known(known.value).addresses) if known is not None else [],
             decode_email_change(waiting.value).email if waiting is not None else None,
             [_mailed_export(record) for record in mailed.records],
+            [_attempts_export(count) for count in counts],
             activity,
             is_complete,
         )
@@ -268,6 +283,13 @@ def _session_export(record: kvstore.Record) -> SessionExport:
         timestamp(session.expires_ms),
         session.address,
         session.user_agent,
+    )
+
+
+def _attempts_export(count: Count) -> AttemptsExport:
+    attempts = count.attempts
+    return AttemptsExport(
+        count.rule, count.address, round(attempts.level, 3), timestamp(attempts.at_ms), timestamp(attempts.next_ms)
     )
 
 

@@ -9,18 +9,19 @@ from msgspec import Struct
 import kvstore
 from services.users.accounts import Accounts
 from services.users.administration import Administration
-from services.users.audit import OPERATOR, AuditLog
+from services.users.audit import OPERATOR, Action, AuditLog
 from services.users.credentials import Credentials
 from services.users.erasure import FORGET_KIND, Erasure, Retention
 from services.users.mail import FileMailer, Mailer
 from services.users.mailing import KIND, Mailing
 from services.users.passwords import Passwords
 from services.users.postal import PostalAddresses
-from services.users.records import QUEUE, User
+from services.users.records import NOBODY, QUEUE, User
 from services.users.recovery import Recovery
 from services.users.sessions import Sessions
 from services.users.throttle import Throttle
 from services.web.ids import now_ms
+from services.web.key_rotation import rotate
 from services.web.tokens import Role, SigningKeys, Tokens
 from services.work.worker import Worker
 
@@ -55,6 +56,17 @@ class Parts:
         self.erasure = Erasure(store, credentials, self.sessions, self.audit, settings.retention, clock_ms)
         mailing = Mailing(store, settings.mailer, clock_ms)
         self.worker = Worker(store, {KIND: mailing.handle, FORGET_KIND: self.erasure.forget_activity}, queue=QUEUE)
+
+
+async def rotate_keys(store: kvstore.Client, *, drop_old: bool) -> str:
+    """For commands: a new key to sign access tokens with, and its entry in the audit log. Returns the key's id."""
+    audit = AuditLog(store, now_ms)
+
+    async def record(txn: kvstore.Transaction, kid: str) -> None:
+        details = {"key": kid, "old_keys": "dropped" if drop_old else "kept until what they signed has expired"}
+        await audit.write(txn, Action.KEYS_ROTATED, OPERATOR, actor=NOBODY, subject=NOBODY, details=details)
+
+    return await rotate(store, drop_old=drop_old, also=record)
 
 
 async def create_staff(

@@ -25,8 +25,8 @@ import base64
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -70,6 +70,14 @@ class Granted(Struct, frozen=True):
     expires_ms: int
 
 
+class Opening(NamedTuple):
+    """A new session: what its client gets, the ids of those that end for it, and what is to be written."""
+
+    granted: Granted
+    ended: list[str]
+    operations: list[kvstore.Put | kvstore.Delete]
+
+
 class Sessions:
     """One per process."""
 
@@ -83,8 +91,9 @@ class Sessions:
 
     # --- parts of others' transactions --------------------------------------------------------------------------------
 
-    async def open(self, txn: kvstore.Transaction, user: User, origin: Origin) -> tuple[Granted, list[str]]:
-        """Begin a session, and end the stalest where there is no room. Returns it, and the ids of those that ended."""
+    async def opening(self, user: User, others: Sequence[kvstore.Record], origin: Origin) -> Opening:
+        """Begin a session, and end the stalest where there is no room. `others` are all that there are: the transaction
+        that writes the operations compares that they are all."""
         now = self._clock_ms()
         family, secret = secrets.token_urlsafe(16), secrets.token_urlsafe(32)
         session = Session(
@@ -99,12 +108,12 @@ class Sessions:
             origin.address,
             origin.user_agent,
         )
-        found = await txn.range(prefix=sessions_of(user.id))
-        others = sorted((decode_session(record.value) for record in found.records), key=lambda one: one.refreshed_ms)
-        stale = [one.id for one in others[: max(0, len(others) + 1 - SESSIONS_MAX)]]
-        await self._end(txn, user.id, stale)
-        txn.put(session_key(user.id, session.id), encode(session), lease=await self._lease.take())
-        return _granted(user, session, family, secret), stale
+        by_use = sorted((decode_session(record.value) for record in others), key=lambda one: one.refreshed_ms)
+        stale = [one.id for one in by_use[: max(0, len(by_use) + 1 - SESSIONS_MAX)]]
+        operations = await self._ending(user.id, stale)
+        lease = await self._lease.take()
+        operations.append(kvstore.Put(session_key(user.id, session.id), encode(session), lease=lease))
+        return Opening(_granted(user, session, family, secret), stale, operations)
 
     async def end_all(self, txn: kvstore.Transaction, user_id: int, keep: str = "") -> list[str]:
         """End all sessions of a user but `keep`. Returns their ids, for `forget` when the transaction is done."""
@@ -118,12 +127,17 @@ class Sessions:
         self._tokens.ended.learn(ended)
 
     async def _end(self, txn: kvstore.Transaction, user_id: int, session_ids: list[str]) -> None:
+        _write(txn, await self._ending(user_id, session_ids))
+
+    async def _ending(self, user_id: int, session_ids: list[str]) -> list[kvstore.Put | kvstore.Delete]:
         if not session_ids:
-            return
+            return []
         lease, now = await self._ended_lease.take(len(session_ids)), self._clock_ms()
+        operations: list[kvstore.Put | kvstore.Delete] = []
         for session_id in session_ids:
-            txn.delete(session_key(user_id, session_id))
-            txn.put(ended_key(session_id, now), b"", lease=lease)
+            operations.append(kvstore.Delete(session_key(user_id, session_id)))
+            operations.append(kvstore.Put(ended_key(session_id, now), b"", lease=lease))
+        return operations
 
     # --- by themselves ------------------------------------------------------------------------------------------------
 
@@ -200,6 +214,14 @@ class Sessions:
         ended = await self._store.run_transaction(body)
         self.forget(ended)
         return len(ended)
+
+
+def _write(txn: kvstore.Transaction, operations: list[kvstore.Put | kvstore.Delete]) -> None:
+    for operation in operations:
+        if isinstance(operation, kvstore.Put):
+            txn.put(operation.key, operation.value, lease=operation.lease)
+        else:
+            txn.delete(operation.start)
 
 
 def _session_id(family: str) -> str:

@@ -14,7 +14,8 @@ Sign-ins are counted three times:
 
 An email that nobody has is counted in the same way, under the same kind of name: its hash.
 
-Cost: one read and one write for an attempt, one small read and write more to take it back. Records go by themselves.
+Cost: one read (of all counts at once) and one write for an attempt, one write more to take it back, which may be part
+of another transaction. Records go by themselves.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from services.web.problems import Problem
 _THROTTLES: Final = b"throttle/"
 _KEPT_S: Final = 3 * 3600.0  # longer than the highest level of any rule takes to sink
 _LEASE_FILLS_S: Final = 1800.0
+# More addresses than can try one account before the slow lane fills, and every 30 s of the four hours after that.
+_EXPORTED_MAX: Final = 1000
 # Attempts at one account at one moment; more than so many lost races are an attack, or look like one.
 _RACES_MAX: Final = 8
 
@@ -83,8 +86,59 @@ class Counted(NamedTuple):
         return f"throttle/{self.rule.name}/{self.whom}".encode()
 
 
+class Taken(NamedTuple):
+    """A count that was raised, as it was written."""
+
+    counted: Counted
+    attempts: Attempts
+    revision: int
+    lease: int
+
+    @property
+    def unchanged(self) -> kvstore.Compare:
+        return kvstore.Compare(self.counted.key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, self.revision)
+
+    def again(self, record: kvstore.Record | None) -> Taken | None:
+        """The same with the record as it is by now; None where there is nothing left to take back."""
+        if record is None:
+            return None
+        return Taken(self.counted, _decode(record.value), record.mod_revision, record.lease)
+
+    def lowered(self, now_ms: int) -> kvstore.Put:
+        """Takes it back, where it is unchanged."""
+        level = max(0.0, _sunk(self.counted.rule, self.attempts, now_ms) - 1)
+        return kvstore.Put(self.counted.key, _encode(Attempts(level, now_ms, now_ms)), lease=self.lease)
+
+
 _decode = msgspec.json.Decoder(Attempts).decode
 _encode = msgspec.json.Encoder().encode
+
+
+class Count(NamedTuple):
+    """A count as it stands, for whom it concerns."""
+
+    rule: str
+    address: str
+    attempts: Attempts
+
+
+async def counts_of(txn: kvstore.Transaction, email: str, user_id: int) -> list[Count]:
+    """All counts of attempts at one account; those of addresses, over all accounts, are nobody's in particular."""
+    name = account_name(email)
+    pairs = Counted(SIGN_IN_PAIR, f"{name}/").key
+    found = await txn.range(prefix=pairs, limit=_EXPORTED_MAX)
+    counts = [
+        Count(SIGN_IN_PAIR.name, record.key[len(pairs) :].decode(), _decode(record.value)) for record in found.records
+    ]
+    for counted in (
+        Counted(SIGN_IN_ACCOUNT, name),
+        Counted(MAIL_ACCOUNT, name),
+        Counted(MAIL_ACCOUNT, f"user-{user_id}"),
+    ):
+        record = await txn.get(counted.key)
+        if record is not None:
+            counts.append(Count(counted.rule.name, "", _decode(record.value)))
+    return counts
 
 
 def account_name(email: str) -> str:
@@ -100,14 +154,16 @@ class Throttle:
         self._clock_ms = clock_ms
         self._lease = SharedLease(store, _KEPT_S, _LEASE_FILLS_S)
 
-    async def take(self, problem: str, counts: Sequence[Counted]) -> None:
-        """Count one attempt in all of `counts`. Raises `Problem` with that code, and counts nothing, if one of them has
-        to wait."""
+    async def take(
+        self, problem: str, counts: Sequence[Counted], seen: Sequence[kvstore.Record | None] | None = None
+    ) -> list[Taken]:
+        """Count one attempt in all of `counts`. `seen` are their records, where they were read before. Raises `Problem`
+        with that code, and counts nothing, if one of them has to wait."""
         if not counts:
-            return
+            return []
         lease = await self._lease.take(len(counts))
         for race in range(_RACES_MAX):
-            records = await self._read(counts)
+            records = seen if seen is not None and race == 0 else await self._read(counts)
             now = self._clock_ms()
             levels = [_level(count.rule, record, now) for count, record in zip(counts, records, strict=True)]
             wait_ms = max(_wait_ms(count.rule, record, now) for count, record in zip(counts, records, strict=True))
@@ -122,39 +178,48 @@ class Throttle:
                 ],
             )
             if result.succeeded:
-                return
+                return [
+                    Taken(count, attempts, result.revision, lease)
+                    for count, attempts in zip(counts, raised, strict=True)
+                ]
             await self._store.wait_for_others(race + 1)
         raise _refusal(problem, 1000)
 
-    async def take_back(self, counts: Sequence[Counted]) -> None:
+    async def take_back(self, taken: Sequence[Taken]) -> None:
         """The attempt was right. If others count at the same moment it may stay counted: that errs on the safe side,
         and by one."""
-        if not counts:
+        if not taken:
             return
-        records = await self._read(counts)
         now = self._clock_ms()
-        for count, record in zip(counts, records, strict=True):
-            if record is None:
-                continue
-            lowered = Attempts(max(0.0, _level(count.rule, record, now) - 1), now, now)
-            await self._store.txn(
-                compare=[_unchanged(count, record)],
-                success=[kvstore.Put(count.key, _encode(lowered), lease=record.lease)],
-            )
+        result = await self._store.txn(
+            compare=[one.unchanged for one in taken], success=[one.lowered(now) for one in taken]
+        )
+        if result.succeeded:
+            return
+        records = await self._read([one.counted for one in taken])
+        for one, record in zip(taken, records, strict=True):
+            again = one.again(record)
+            if again is not None:
+                await self._store.txn(compare=[again.unchanged], success=[again.lowered(now)])
 
     async def _read(self, counts: Sequence[Counted]) -> list[kvstore.Record | None]:
         found = await self._store.txn(success=[kvstore.Range(count.key) for count in counts])
-        records: list[kvstore.Record | None] = []
-        for one in found.results:
-            assert isinstance(one, kvstore.RangeResult)
-            records.append(one.records[0] if one.records else None)
-        return records
+        return [record_of(one) for one in found.results]
+
+
+def record_of(found: object) -> kvstore.Record | None:
+    """What the read of one key found."""
+    assert isinstance(found, kvstore.RangeResult)
+    return found.records[0] if found.records else None
 
 
 def _level(rule: Rule, record: kvstore.Record | None, now: int) -> float:
     if record is None:
         return 0.0
-    attempts = _decode(record.value)
+    return _sunk(rule, _decode(record.value), now)
+
+
+def _sunk(rule: Rule, attempts: Attempts, now: int) -> float:
     return max(0.0, attempts.level - max(0, now - attempts.at_ms) / 1000 / rule.leak_s)
 
 

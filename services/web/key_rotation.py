@@ -11,6 +11,7 @@ which are not signed and go on.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -22,8 +23,12 @@ from services.web.tokens import ALGORITHM, CURRENT_AGE_S, CURRENT_KEY, KEY_PREFI
 OLD_KEPT_S: Final = 2 * CURRENT_AGE_S + TOKEN_GONE_AFTER_S
 
 
-async def rotate(store: kvstore.Client, *, drop_old: bool = False) -> str:
-    """Returns the new key's id. Raises `kvstore.Refused` (conflict) if others rotate again and again."""
+Also = Callable[[kvstore.Transaction, str], Awaitable[None]]
+
+
+async def rotate(store: kvstore.Client, *, drop_old: bool = False, also: Also | None = None) -> str:
+    """Returns the new key's id. `also` is given the transaction and that id, for what goes with it: an entry in an
+    audit log. Raises `kvstore.Refused` (conflict) if others rotate again and again."""
     key = SigningKey(secrets.token_hex(8), ALGORITHM, secrets.token_bytes(32), now_ms())
     old_lease = 0 if drop_old else (await store.grant_lease(OLD_KEPT_S)).lease
 
@@ -36,6 +41,8 @@ async def rotate(store: kvstore.Client, *, drop_old: bool = False) -> str:
                 txn.put(record.key, record.value, lease=old_lease)
         txn.put(KEY_PREFIX + key.kid.encode(), msgspec.json.encode(key))
         txn.put(CURRENT_KEY, key.kid.encode())
+        if also is not None:
+            await also(txn, key.kid)
 
     await store.run_transaction(body)
     return key.kid

@@ -9,7 +9,7 @@ import pytest
 
 import kvstore
 from services.users.audit import KEPT_S
-from services.users.parts import create_staff
+from services.users.parts import create_staff, rotate_keys
 from services.users.records import AUDIT, erased_key, user_key
 from services.web.key_rotation import OLD_KEPT_S, rotate
 from services.web.problems import Problem
@@ -247,6 +247,16 @@ async def test_a_key_that_somebody_has_is_dropped_at_once(store: kvstore.Client)
     with pytest.raises(Problem):
         await Tokens(SigningKeys(store)).verify(f"Bearer {old}")
     assert len((await store.range(prefix=KEY_PREFIX)).records) == 1
+
+
+@pytest.mark.parametrize(("drop_old", "said"), [(False, "kept until what they signed has expired"), (True, "dropped")])
+async def test_a_rotation_is_in_the_audit_log(shop: Shop, drop_old: bool, said: str) -> None:
+    admin = await shop.register(Role.ADMIN)
+    kid = await rotate_keys(shop.store, drop_old=drop_old)
+    page = await (await shop.users.get("/v1/audit?user=0", headers=admin.headers)).json()
+    (entry,) = page["data"]
+    assert (entry["action"], entry["actor"], entry["subject"]) == ("signing_keys_rotated", None, None)
+    assert (entry["user_agent"], entry["details"]) == ("python -m services", {"key": kid, "old_keys": said})
 
 
 async def test_an_id_of_an_erased_account_is_not_used_again(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,10 @@ async def test_an_export_holds_what_every_record_says(shop: Shop) -> None:
         "email_change_requested", "password_reset_requested", "address_added", "signed_in", "registered",
     ]  # fmt: skip
     assert found["activity_is_complete"] is True
+    # The sign-in was right, so nothing is left of its count for that address; the two mails are.
+    assert [(one["rule"], one["address"], one["level"]) for one in found["attempts"]] == [
+        ("sign-in-account", "", 0.0), ("mail-account", "", 1.0), ("mail-account", "", 1.0),
+    ]  # fmt: skip
     # No kind of record that names the user is left out: whoever adds one adds it here and to the export.
     keys = [record.key.split(b"/") async for record in shop.store.scan(b"", b"", keys_only=True)]
     kinds = {parts[0] for parts in keys if b"%d" % ada.id in parts}
@@ -81,6 +85,21 @@ async def test_an_export_holds_what_every_record_says(shop: Shop) -> None:
         b"user", b"session", b"known-address", b"address", b"mailed", b"email-change", b"activity",
     }  # fmt: skip
     assert "password_hash" not in str(found)
+
+
+async def test_an_export_says_from_where_passwords_were_tried(shop: Shop) -> None:
+    ada, bob = await shop.register(), await shop.register()
+    for person, address in ((ada, "203.0.113.66"), (ada, "203.0.113.66"), (ada, "203.0.113.67"), (bob, HERE)):
+        guess = {"email": person.email, "password": "guess"}
+        assert (await shop.users.post("/v1/sessions", json=guess, headers={"X-Forwarded-For": address})).status == 401
+    found = await (await shop.users.get(f"{ME}/export", headers=ada.headers)).json()
+    levels = {(one["rule"], one["address"]): round(one["level"]) for one in found["attempts"]}
+    assert levels == {
+        ("sign-in-account-address", "203.0.113.66"): 2,
+        ("sign-in-account-address", "203.0.113.67"): 1,
+        ("sign-in-account", ""): 3,
+    }
+    assert all(one["last_at"] <= one["next_at"] for one in found["attempts"])
 
 
 async def test_erasure_leaves_nothing_of_a_person_in_the_current_state(shop: Shop) -> None:

@@ -182,6 +182,8 @@ async def test_create_staff(tmp_path: Path) -> None:
         assert (await command("rotate-keys", "--endpoints", cluster.endpoints))[0] == 0
         async with cluster.client() as store:
             assert len((await store.range(prefix=b"signing-key/")).records) == 2
+            entries = (await store.range(prefix=b"audit/")).records
+        assert json.loads(entries[0].value)["action"] == "signing_keys_rotated"
         for option, value in (("--mailer", "no.such:thing"), ("--trusted-proxy", "nowhere")):
             code, output = await command("users", "--endpoints", cluster.endpoints, option, value)
             assert (code, value.partition(":")[0] in output) == (1, True), output

@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 
 import kvstore
+from services.users.passwords import Passwords
 from services.users.records import sessions_of
 from services.users.sessions import GRACE_S, IDLE_S, LIFE_S, SESSIONS_MAX
+from services.web import tracing
 from services.web.ended import AGE_MAX_S, ENDED, LOOK_EVERY_S, EndedSessions, ended_key
 from services.web.ids import now_ms
 from services.web.problems import Problem
 from services.web.tokens import Role, SigningKeys, Tokens
 from tests.services.shop import PASSWORD, Person, Shop, problem
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 async def sign_in(shop: Shop, email: str, **headers: str) -> dict[str, Any]:
@@ -307,3 +311,68 @@ async def test_only_what_was_added_is_read_again(store: kvstore.Client) -> None:
     assert await ended.has("new")
     assert await ended.has("old")
     assert not await ended.has("late")
+
+
+# --- what signing in costs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the request with `TRACE` asks of the store; all that a client asks goes through these two."""
+    requests: list[str] = []
+    for name in ("_read", "_write"):
+        ask = getattr(kvstore.Client, name)
+
+        async def counting(self: kvstore.Client, *given: Any, _ask: Any = ask, _name: str = name, **more: Any) -> Any:
+            if tracing.traceparent() == TRACE:
+                requests.append(_name)
+            return await _ask(self, *given, **more)
+
+        monkeypatch.setattr(kvstore.Client, name, counting)
+    return requests
+
+
+async def test_signing_in_asks_the_store_four_times_whether_it_succeeds_or_not(shop: Shop, asked: list[str]) -> None:
+    ada = await shop.register()
+    await sign_in(shop, ada.email, **{"X-Forwarded-For": "203.0.113.7"})  # leases are granted for many at once
+    for email, password, address, status in (
+        (ada.email, PASSWORD, "203.0.113.7", 201),
+        (ada.email, PASSWORD, "203.0.113.8", 201),
+        (ada.email, "a wrong password", "203.0.113.7", 401),
+        (ada.email, "a wrong password", "203.0.113.66", 401),
+        ("nobody@example.com", "a wrong password", "203.0.113.66", 401),
+        ("no email", "a wrong password", "203.0.113.66", 401),
+    ):
+        asked.clear()
+        headers = {"X-Forwarded-For": address, "traceparent": TRACE}
+        body = {"email": email, "password": password}
+        assert (await shop.users.post("/v1/sessions", json=body, headers=headers)).status == status
+        assert asked == ["_read", "_read", "_write", "_write"], (email, password)
+
+
+async def test_sign_ins_at_once_all_succeed_and_leave_no_count(shop: Shop) -> None:
+    ada = await shop.register()
+    await asyncio.gather(*(sign_in(shop, ada.email, **{"X-Forwarded-For": "203.0.113.7"}) for _ in range(4)))
+    assert len((await shop.store.range(prefix=sessions_of(ada.id))).records) == 5
+    for record in (await shop.store.range(prefix=b"throttle/sign-in-")).records:
+        assert b'"level":0.0' in record.value
+
+
+async def test_a_password_that_changes_while_it_is_checked_opens_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada = await shop.register()
+    verify = Passwords.verify
+
+    async def slowly(self: Passwords, password_hash: str, password: str) -> bool:
+        is_right = await verify(self, password_hash, password)
+        monkeypatch.setattr(Passwords, "verify", verify)
+        body = {"old_password": PASSWORD, "new_password": "another good password"}
+        changed = await shop.users.post("/v1/users/me/password", json=body, headers=ada.headers)
+        assert changed.status == 204
+        return is_right
+
+    monkeypatch.setattr(Passwords, "verify", slowly)
+    body = {"email": ada.email, "password": PASSWORD}
+    await problem(await shop.users.post("/v1/sessions", json=body), 401, "wrong_credentials")
+    assert len((await shop.store.range(prefix=sessions_of(ada.id))).records) == 1

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from typing import Any
 
+import msgspec
 import pytest
 
 import kvstore
@@ -20,6 +21,10 @@ from services.users.throttle import (
 )
 from services.web.problems import Problem
 from tests.services.shop import PASSWORD, Shop, plain_headers, problem
+
+
+async def records(store: kvstore.Client) -> tuple[kvstore.Record, ...]:
+    return (await store.range(prefix=b"throttle/")).records
 
 
 class Setup:
@@ -71,8 +76,23 @@ async def test_attempts_are_forgotten_slowly(store: kvstore.Client) -> None:
 async def test_a_right_password_is_taken_back(store: kvstore.Client) -> None:
     setup, count = Setup(store), Counted(SIGN_IN_ADDRESS, "203.0.113.7")
     for _ in range(3 * SIGN_IN_ADDRESS.free // 2):
-        assert await setup.wait_s(count) == 0
-        await setup.throttles[0].take_back([count])
+        taken = await setup.throttles[0].take("sign_in_throttled", [count])
+        await setup.throttles[1].take_back(taken)
+
+
+async def test_what_others_count_meanwhile_stays_counted(store: kvstore.Client) -> None:
+    setup, one, other = Setup(store), Counted(SIGN_IN_ADDRESS, "203.0.113.7"), Counted(SIGN_IN_ACCOUNT, "a")
+    taken = await setup.throttles[0].take("sign_in_throttled", [one, other])
+    for _ in range(3):
+        await setup.throttles[1].take("sign_in_throttled", [one])
+    await setup.throttles[0].take_back(taken)
+    levels = {record.key: msgspec.json.decode(record.value)["level"] for record in await records(store)}
+    assert levels == {one.key: 3, other.key: 0}
+    # One that has gone by itself needs no taking back.
+    taken = await setup.throttles[0].take("sign_in_throttled", [one])
+    await store.delete(one.key)
+    await setup.throttles[0].take_back(taken)
+    assert await store.get(one.key) is None
 
 
 async def test_if_one_count_has_to_wait_none_is_raised(store: kvstore.Client) -> None:
