@@ -130,7 +130,7 @@ class Cluster:
             for name, client in zip(names, self.endpoints, strict=True):
                 command = serve_command(name, scratch / name, members)
                 log = scratch / f"{name}.log"
-                self._servers[client] = Server(f"node {name}", command, log, environment=_environment())
+                self._servers[client] = Server(f"node {name}", command, log, environment=environment())
         self.leader = wait_until("a leader", self._find_leader, list(self._servers.values()))
 
     def prepare(self, keys: Iterable[model.Mutation]) -> None:
@@ -179,8 +179,8 @@ def serve_command(name: str, data: Path, members: str) -> list[str]:
     return [*command, "--peers", members, "--cluster-token", "bench", "--with-parent"]
 
 
-def _environment() -> dict[str, str]:
-    """As ours, but with this checkout first, whatever directory we were started from."""
+def environment() -> dict[str, str]:
+    """Ours, but with this checkout first, whatever directory we were started from."""
     checkout = str(Path(__file__).parent.parent)
     others = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{others}" if others else checkout}

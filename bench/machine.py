@@ -60,6 +60,12 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def tools_seconds() -> float:
+    """CPU time of this process's ended and awaited children: the difference is what a tool in between used."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def busy_seconds() -> float:
     """CPU time that all processes of this machine together have used since it started."""
     with open("/proc/stat") as file:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,23 +19,11 @@ from bench import machine, workloads
 from bench.peers import Durations
 from bench.processes import Server, free_ports, require, run_tool, wait_until
 from bench.results import BenchError, Measurement
+from bench.wrk import Wrk
 
 SYSTEM = "etcd (JSON gateway, wrk)"
 NODES = 3
 _SCRIPT = Path(__file__).with_name("etcd.lua")
-# What wrk may take beyond its own duration: it starts and ends within milliseconds.
-_TOOL_GRACE_S = 30.0
-
-
-class WrkResult(Struct, frozen=True, array_like=True):
-    """What etcd.lua prints at the end."""
-
-    requests: int
-    duration_us: int
-    p50_us: float
-    p99_us: float
-    p999_us: float
-    errors: int
 
 
 class _Header(Struct, frozen=True):
@@ -60,7 +47,7 @@ class Etcd:
         self._durations = durations
         self._etcd = require("etcd", "etcd")
         self._etcdctl = require("etcd", "etcdctl")
-        self._wrk = require("etcd", "wrk")
+        self._wrk = Wrk("etcd")
         self._servers: list[Server] = []
         self._leader_url = ""
 
@@ -132,22 +119,13 @@ class Etcd:
     def _load(self, workload: str, connections: int, duration_s: float) -> Measurement:
         pids = [server.pid for server in self._servers]
         path = {"put": "/v3/kv/put", "get": "/v3/kv/range"}[workload]
-        command = [self._wrk, "--threads", "1", "--connections", str(connections)]
-        # wrk takes whole seconds only.
-        command += ["--duration", f"{max(1, round(duration_s))}s", "--timeout", "10s", "--script", str(_SCRIPT)]
-        command += [self._leader_url, "--", path, str(self._bodies[workload])]
-        before, busy_before, tool_before = machine.cpu_seconds(pids), machine.busy_seconds(), _children_seconds()
-        printed = run_tool(command, timeout_s=duration_s + _TOOL_GRACE_S)
+        before, busy_before, tool_before = machine.cpu_seconds(pids), machine.busy_seconds(), machine.tools_seconds()
+        arguments = [path, str(self._bodies[workload])]
+        result = self._wrk.load(f"etcd, {workload}", self._leader_url, _SCRIPT, arguments, connections, duration_s)
         used, busy = machine.cpu_seconds(pids) - before, machine.busy_seconds() - busy_before
-        tool = _children_seconds() - tool_before
+        tool = machine.tools_seconds() - tool_before
         for server in self._servers:
             server.check()
-        found = re.search(r"^RESULT (.*)$", printed, re.MULTILINE)
-        if found is None:
-            raise BenchError(f"wrk printed no result:\n{printed[-800:]}")
-        result = msgspec.json.decode(found.group(1), type=WrkResult)
-        if result.errors or not result.requests:
-            raise BenchError(f"etcd answered {result.errors} of {result.requests} {workload} requests with an error")
         seconds = result.duration_us / 1e6
         return Measurement(
             system=SYSTEM,
@@ -162,9 +140,3 @@ class Etcd:
             cpu_us_per_op={"nodes": used * 1e6 / result.requests, "generator": tool * 1e6 / result.requests},
             others_cores=max(0.0, busy - used - tool) / seconds,
         )
-
-
-def _children_seconds() -> float:
-    """CPU time of this process's ended and awaited children: the difference is what the tool in between used."""
-    times = os.times()
-    return times.children_user + times.children_system

@@ -1,8 +1,6 @@
-"""PostgreSQL: one node, fsync and synchronous_commit on, everything else at its defaults, loaded by pgbench.
+"""PostgreSQL, as `postgres_server.py` starts it, loaded by pgbench.
 
-It runs under an unprivileged user (`postgres`, or `nobody`, where we are root: it refuses root) with a data directory
-of its own and no TCP port: pgbench reaches it over a Unix socket, which is faster. All scripts run with
-`-M prepared`. An order that finds no stock ends pgbench with an error, and so the run.
+All scripts run with `-M prepared`. An order that finds no stock ends pgbench with an error, and so the run.
 
 What the workloads do, so that the comparison is fair and can be judged:
 
@@ -16,16 +14,14 @@ What the workloads do, so that the comparison is fair and can be judged:
 
 from __future__ import annotations
 
-import os
-import pwd
 import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 from bench import machine, workloads
-from bench.peers import Durations
-from bench.processes import Server, require, run_tool, wait_until
+from bench.peers import Durations, postgres_server
+from bench.peers.postgres_server import DATABASE, PostgresServer
+from bench.processes import run_tool
 from bench.results import BenchError, Measurement, percentile
 
 SYSTEM = "PostgreSQL (1 node, pgbench)"
@@ -82,91 +78,30 @@ TRANSACTIONS = ("order-hot", "order-hot, stock last")
 class Postgres:
     def __init__(self, durations: Durations) -> None:
         self._durations = durations
-        # Debian keeps each version's server programs in a directory of its own; the newest comes first.
-        versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
-        directories = [str(path) for path in reversed(versions)]
-        self._initdb = require("postgres", "initdb", directories)
-        self._postgres = require("postgres", "postgres", directories)
-        self._psql = require("postgres", "psql", directories)
-        self._pgbench = require("postgres", "pgbench", directories)
-        self._user = _unprivileged_user()
-        self._server: Server | None = None
-        self._directory = Path()
+        self._server = PostgresServer()
+        self._pgbench = postgres_server.program("pgbench")
 
     def start(self, scratch: Path) -> None:
-        self._directory = scratch
-        data = scratch / "data"
-        data.mkdir()
-        # Its user must reach its data and its socket; nobody else needs to.
-        if self._user is not None:
-            for path in (scratch, data):
-                os.chown(path, self._user.pw_uid, self._user.pw_gid)
-            self._as_user([self._initdb, *_INITDB_OPTIONS, str(data)], "initdb")
-        else:
-            run_tool([self._initdb, *_INITDB_OPTIONS, str(data)], timeout_s=60.0)
-        command = [self._postgres, "-D", str(data), "-k", str(scratch), "-h", "", "-p", "5432"]
-        command += ["-c", "fsync=on", "-c", "synchronous_commit=on", "-c", "max_connections=200"]
-        self._server = Server(
-            "PostgreSQL",
-            command,
-            scratch / "postgres.log",
-            user=self._user.pw_name if self._user else None,
-            stop_signal=signal.SIGINT,  # its fast shutdown: it does not wait for clients
-            directory=scratch,
-        )
-        wait_until("PostgreSQL to answer", self._answers, [self._server])
-        script = scratch / "schema.sql"
-        script.write_text(_SCHEMA.format(stock=workloads.STOCK, products=workloads.PRODUCTS))
-        self._sql("-f", str(script))
-        settings = self._sql("-c", "SHOW fsync", "-c", "SHOW synchronous_commit").split()
-        if settings != ["on", "on"]:
-            raise BenchError(f"PostgreSQL runs with fsync, synchronous_commit {settings}: no comparison")
+        self._server.start(scratch)
+        self._server.run_script("schema.sql", _SCHEMA.format(stock=workloads.STOCK, products=workloads.PRODUCTS))
 
     def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
+        self._server.stop()
 
     def measure(self, everything: bool) -> Iterator[Measurement]:
         for workload in _SCRIPTS if everything else TRANSACTIONS:
             self._load(workload, self._durations.warmup_s)
             yield self._load(workload, self._durations.window_s)
 
-    def _as_user(self, command: list[str], what: str) -> None:
-        assert self._user is not None
-        log = self._directory / f"{what}.log"
-        tool = Server(what, command, log, user=self._user.pw_name, directory=self._directory)
-        try:
-            code = wait_until(what, tool.ended, timeout_s=60.0)
-            if code != 0:
-                raise BenchError(f"{what} as user {self._user.pw_name} ended with code {code}:\n{tool.output_tail()}")
-        finally:
-            tool.stop()
-
-    def _connection_options(self) -> list[str]:
-        return ["-h", str(self._directory), "-p", "5432", "-U", "bench"]
-
-    def _sql(self, *arguments: str) -> str:
-        command = [self._psql, *self._connection_options(), "-X", "-q", "-t", "-A", "-v", "ON_ERROR_STOP=1", *arguments]
-        return run_tool([*command, "postgres"], timeout_s=60.0)
-
-    def _answers(self) -> bool | None:
-        try:
-            self._sql("-c", "SELECT 1")
-        except BenchError:  # it says so itself while it is starting; `wait_until` looks at whether it ended
-            return None
-        return True
-
     def _load(self, workload: str, duration_s: float) -> Measurement:
-        assert self._server is not None
         products, template = _SCRIPTS[workload]
-        script = self._directory / "order.sql"
+        script = self._server.directory / "order.sql"
         script.write_text(template.format(products=products, body=workloads.value_of(0).decode(), fingerprint="0" * 32))
-        logs = self._directory / "transactions"
+        logs = self._server.directory / "transactions"
         whole_s = max(1, round(duration_s))
         command = [
             self._pgbench,
-            *self._connection_options(),
+            *self._server.connection_options(),
             "-n",
             "-M",
             "prepared",
@@ -175,14 +110,14 @@ class Postgres:
             "-j",
             "1",
         ]
-        command += ["-T", str(whole_s), "-f", str(script), "-l", f"--log-prefix={logs}", "postgres"]
-        before, busy_before, tool_before = self._cpu(), machine.busy_seconds(), _children_seconds()
+        command += ["-T", str(whole_s), "-f", str(script), "-l", f"--log-prefix={logs}", DATABASE]
+        before, busy_before, tool_before = self._server.cpu_seconds(), machine.busy_seconds(), machine.tools_seconds()
         printed = run_tool(command, timeout_s=whole_s + _TOOL_GRACE_S)
         # pgbench's backends have ended with it, and the postmaster has collected what they used.
-        used, busy = self._cpu() - before, machine.busy_seconds() - busy_before
-        tool = _children_seconds() - tool_before
+        used, busy = self._server.cpu_seconds() - before, machine.busy_seconds() - busy_before
+        tool = machine.tools_seconds() - tool_before
         latencies_us = []
-        for log in self._directory.glob("transactions.*"):
+        for log in self._server.directory.glob("transactions.*"):
             with open(log) as file:
                 latencies_us += [int(line.split()[2]) for line in file]
             log.unlink()
@@ -204,27 +139,3 @@ class Postgres:
             cpu_us_per_op={"nodes": used * 1e6 / count, "generator": tool * 1e6 / count},
             others_cores=max(0.0, busy - used - tool) / whole_s,
         )
-
-    def _cpu(self) -> float:
-        assert self._server is not None
-        return machine.tree_seconds(self._server.pid)
-
-
-_INITDB_OPTIONS = ["--username", "bench", "--auth", "trust", "--encoding", "UTF8", "--locale", "C", "-D"]
-
-
-def _unprivileged_user() -> pwd.struct_passwd | None:
-    """Whom PostgreSQL runs as: None for ourselves."""
-    if os.geteuid() != 0:
-        return None
-    for name in ("postgres", "nobody"):
-        try:
-            return pwd.getpwnam(name)
-        except KeyError:
-            continue
-    raise BenchError("PostgreSQL refuses to run as root, and there is neither a user `postgres` nor `nobody`")
-
-
-def _children_seconds() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
