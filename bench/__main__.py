@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import core, micro, watches
+from bench import core, http, micro, watches
 from bench.core import Options
 from bench.exits import exit_code
+from bench.results import Report
 from bench.workloads import Kind
 
 
@@ -40,6 +41,7 @@ def main() -> int:
     many.add_argument("--broad", type=int, default=defaults.broad, help="watches on everything (default: %(default)s)")
     many.add_argument("--rate", type=int, default=defaults.rate, help="writes a second (default: %(default)s)")
     many.add_argument("--seconds", type=float, default=defaults.seconds, help="default: %(default)s")
+    http.add_arguments(commands.add_parser("http", help="load the services, and others' beside them, and compare"))
     commands.add_parser("micro", help="pytest-benchmark of the hot functions; other arguments go to pytest")
     options, others = parser.parse_known_args()
     if options.command == "micro":
@@ -64,6 +66,12 @@ def main() -> int:
             ),
             console,
         )
+    if options.command == "http":
+        try:
+            chosen_http = http.options_of(options)
+        except ValueError as error:
+            parser.error(str(error))
+        return exit_code(lambda: _judged(http.run(chosen_http, console), options.quick), console)
     try:
         chosen = Options(
             peers=() if options.peers == "none" else tuple(options.peers.split(",")),
@@ -82,11 +90,11 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
 
-    def measure() -> int:
-        report = core.run(chosen, console)
-        return 1 if options.quick and any(threshold.met is False for threshold in report.thresholds) else 0
+    return exit_code(lambda: _judged(core.run(chosen, console), options.quick), console)
 
-    return exit_code(measure, console)
+
+def _judged(report: Report, is_quick: bool) -> int:
+    return 1 if is_quick and any(threshold.met is False for threshold in report.thresholds) else 0
 
 
 if __name__ == "__main__":

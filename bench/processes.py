@@ -65,8 +65,11 @@ class Server:
         """Its exit code, once it has ended."""
         return self._process.poll()
 
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
     def output_tail(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        return "\n".join(self.output().splitlines()[-15:])
 
     def stop(self) -> None:
         """Ask it to end, wait, kill it if it does not. Safe to call twice."""
