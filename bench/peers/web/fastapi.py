@@ -32,18 +32,17 @@ class FastApi:
 
     def start(self, scratch: Path, people: People) -> None:
         self._database.start(scratch)
-        self._database.run_script("schema.sql", _SCHEMA.read_text() + _rows(people))
+        self._database.run_script("schema.sql", schema(people))
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "uvicorn", f"{orders.__name__}:app", "--port", str(port)]
         command += ["--workers", str(PROCESSES), "--loop", "uvloop", "--http", "httptools"]
         command += ["--no-access-log"]
-        dsn = f"postgresql://{postgres_server.USER}@/{postgres_server.DATABASE}?host={scratch}"
         self._service = Server(
             "FastAPI under uvicorn",
             command,
             scratch / "uvicorn.log",
-            environment={**environment(), orders.DSN: dsn},
+            environment={**environment(), orders.DSN: dsn(scratch)},
         )
         wait_ready(self._service, self.url, "Application startup complete")
 
@@ -72,9 +71,14 @@ class FastApi:
         self._database.stop()
 
 
-def _rows(people: People) -> str:
-    """The product and the key. Orders never look at accounts, here or in ours."""
-    return f"""
+def dsn(directory: Path) -> str:
+    """Where the database is whose socket is in this directory."""
+    return f"postgresql://{postgres_server.USER}@/{postgres_server.DATABASE}?host={directory}"
+
+
+def schema(people: People) -> str:
+    """The tables, the product and the key. Orders never look at accounts, here or in ours."""
+    return f"""{_SCHEMA.read_text()}
 INSERT INTO product VALUES ('{SKU}', '{PRODUCT_NAME}', {PRICE}, '{CURRENCY}', 1);
 INSERT INTO stock VALUES ('{SKU}', {STOCK}, 0);
 INSERT INTO signing_key VALUES ('{people.key.kid}', decode('{people.key.secret.hex()}', 'hex'));

@@ -168,12 +168,12 @@ class Orders:
 
 
 def _answer(status: int, body: bytes, headers: dict[str, str]) -> Response:
-    return Response(body, status, {"Cache-Control": "no-store", **headers}, media_type="application/json")
+    media_type = "application/json" if status < 400 else "application/problem+json"
+    return Response(body, status, {"Cache-Control": "no-store", **headers}, media_type=media_type)
 
 
 def _problem(status: int, code: str) -> Response:
-    body = _encode({"type": f"/problems/{code}", "status": status, "code": code})
-    return Response(body, status, media_type="application/problem+json")
+    return _answer(status, _encode({"type": f"/problems/{code}", "status": status, "code": code}), {})
 
 
 @asynccontextmanager
