@@ -21,6 +21,7 @@ from bench.peers.web.orders import Line, Orders, Placement
 from bench.people import People
 from bench.results import BenchError
 from bench.websystem import PRICE, SKU, STOCK
+from services.web.ids import Ids
 from tests.unit.test_bench_http import KEY, Clock, header
 
 
@@ -119,6 +120,15 @@ async def test_a_price_that_changed_is_read_again(pool: Any) -> None:
     answer = await place(service, "new-price")
     assert (answer.status_code, body(answer)["total"]) == (201, PRICE + 5)
     await pool.execute("UPDATE product SET price = price - 5, version = version + 1 WHERE sku = $1", SKU)
+
+
+async def test_an_id_that_another_process_drew_is_drawn_again(pool: Any) -> None:
+    service, other = Orders(pool), Orders(pool)
+    taken = body(await place(other, "first-id"))["id"]
+    service._ids = Ids(clock_ms=lambda: 0)  # behind what was drawn last, so it counts up from there
+    service._ids._last = taken - 1
+    answer = await place(service, "second-id")
+    assert (answer.status_code, body(answer)["id"]) == (201, taken + 1)
 
 
 def test_the_product_is_on_sale(database: PostgresServer) -> None:
