@@ -328,6 +328,7 @@ def _result_too_large() -> Refused:
 
 def check_written_once(txn: Txn) -> None:
     """Raises `Refused(duplicate_key)` if a branch of the transaction may write a key twice."""
+    # The usual transaction writes single keys where it succeeds, and at most reads where it does not.
     keys = []
     for operation in txn.success:
         kind = type(operation)
@@ -336,7 +337,11 @@ def check_written_once(txn: Txn) -> None:
         elif kind is not Range:
             _written(txn)
             return
-    if txn.failure or len(set(keys)) != len(keys):
+    for operation in txn.failure:
+        if type(operation) is not Range:
+            _written(txn)
+            return
+    if len(set(keys)) != len(keys):
         _written(txn)
 
 

@@ -273,6 +273,8 @@ def test_a_key_is_written_once(store: Store, operations: tuple[Any, ...]) -> Non
     assert code_of(store.txn(*operations)) == "duplicate_key"
     # Also in the branch that does not run.
     assert code_of(store.txn(failure=operations)) == "duplicate_key"
+    # And where the other branch is the usual one, which reads.
+    assert code_of(store.txn(*operations, failure=(Range(b"a"),))) == "duplicate_key"
     assert store.machine.revision == 0
 
 
