@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import kvstore
-from kvstore import Client, Refused, limits
-from kvstore.model import Compare, Delete, Put, Range, Relation, Target, Txn
+from kvstore import Client, Refused, limits, model
+from kvstore.model import Add, Compare, Delete, Put, Range, Relation, Target, Txn
 from tests.fake_server import FakeCluster
 
 
@@ -69,3 +69,49 @@ async def test_nesting_has_a_limit_whatever_the_stack(kv: Client, depth: int, in
         await kv.txn(success=[Put(b"b", b""), txn])
     with pytest.raises(Refused):
         limits.is_read_only(nested(depth, innermost))
+
+
+HUGE = b"k" * (model.KEY_BYTES_MAX + 1)
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"),
+    [
+        (Put(b"k" * model.KEY_BYTES_MAX, b"v" * model.VALUE_BYTES_MAX, lease=model.LEASE_ID_MAX), None),
+        (Put(b"", b""), "key_empty"),
+        (Put(HUGE, b""), "key_too_large"),
+        (Put(b"k", b"v" * (model.VALUE_BYTES_MAX + 1)), "value_too_large"),
+        (Put(b"k", b"", lease=-1), "invalid_request"),
+        (Put(b"k", b"", lease=model.LEASE_ID_MAX + 1), "invalid_request"),
+        (Add(b"k", model.INT64_MAX, min=0), None),
+        (Add(b"k", model.INT64_MIN), None),
+        (Add(b"", 1), "key_empty"),
+        (Add(HUGE, 1), "key_too_large"),
+        (Add(b"k", model.INT64_MAX + 1), "invalid_request"),
+        (Add(b"k", model.INT64_MIN - 1), "invalid_request"),
+        (Add(b"k", 1, min=model.INT64_MIN - 1), "invalid_request"),
+        (Add(b"k", 1, max=model.INT64_MAX + 1), "invalid_request"),
+        (Add(b"k", 1, min=0, max=-1), "invalid_request"),
+        (Range(b"k"), None),
+        (Range(b""), "key_empty"),
+        (Range(HUGE), "key_too_large"),
+        (Range(b"k", limit=-1), "invalid_range"),
+        (Range(b"k", revision=-1), "invalid_range"),
+        (Range(b"b", b"a"), "invalid_range"),
+        (Delete(b""), "key_empty"),
+    ],
+)
+def test_an_operation_has_the_same_limits_alone_and_in_a_transaction(operation: Any, code: str | None) -> None:
+    """A transaction's are looked at in a quicker way first."""
+    for request in (
+        operation,
+        Txn(success=(operation,)),
+        Txn(failure=(operation,)),
+        Txn(success=(Txn(success=(operation,)),)),
+    ):
+        if code is None:
+            limits.check_mutation(request, 1)
+            continue
+        with pytest.raises(Refused) as caught:
+            limits.check_mutation(request, 1)
+        assert caught.value.code == code
