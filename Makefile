@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: help run test lint sim mutants chaos upgrade watches scale join bench bench-micro bench-deps clean
 
 help:
-	@echo "make run         start three store nodes and the services, place an order, lose the leader, place another"
+	@echo "make run         start three store nodes and the services; order, lose the leader, order again; pay, ship, return"
 	@echo "make test        lint, types and all tests"
 	@echo "make lint        ruff and mypy only"
 	@echo "make sim         simulated clusters under faults: SEEDS=1000 is a campaign, SEED=123 replays one and tells its story"

@@ -266,7 +266,7 @@ def seed(endpoints: str, products: int, users: int, seed: int, password: str, as
 @click.option("--stay", is_flag=True, help="Keep running after the walk, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object, nothing else.")
 def demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: bool, as_json: bool) -> None:
-    """Walk through the whole against a running set: order, kill the leader, order again."""
+    """Walk through the whole against a running set: order, kill the leader, order again; pay, ship, refund, return."""
     from services.demo.walk import run_demo
 
     sys.exit(asyncio.run(run_demo(endpoints, users_url, orders_url, data_dir, stay, as_json)))

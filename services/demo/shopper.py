@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import aiohttp
@@ -54,18 +55,15 @@ class Shopper:
         return await self._send("GET", f"{self._users_url}/v1/users/me", None, token, expect=(200,))
 
     async def put_product(self, token: str, sku: str, name: str, price: int, currency: str) -> None:
-        body = {"name": name, "price": price, "currency": currency}
-        await self._send("PUT", f"{self._orders_url}/v1/products/{sku}", body, token, expect=(200, 201))
+        await self.put(token, f"/v1/products/{sku}", {"name": name, "price": price, "currency": currency})
 
     async def add_stock(self, token: str, sku: str, delta: int, reason: str) -> None:
-        body = {"delta": delta, "reason": reason}
-        url = f"{self._orders_url}/v1/products/{sku}/stock"
-        await self._send("POST", url, body, token, uuid.uuid4().hex, expect=(201,))
+        await self.post(token, f"/v1/products/{sku}/stock", {"delta": delta, "reason": reason})
 
     async def stock(self, token: str, sku: str) -> tuple[int, int]:
         """(on hand, reserved)"""
-        answer = await self._send("GET", f"{self._orders_url}/v1/products/{sku}/stock", None, token, expect=(200,))
-        return int(answer.body["on_hand"]), int(answer.body["reserved"])
+        body = await self.get(token, f"/v1/products/{sku}/stock")
+        return int(body["on_hand"]), int(body["reserved"])
 
     async def place_order(self, token: str, lines: dict[str, int], key: str) -> Answer:
         body = {"lines": [{"sku": sku, "quantity": quantity} for sku, quantity in lines.items()]}
@@ -73,6 +71,32 @@ class Shopper:
 
     async def read_order(self, token: str, order_id: int) -> Answer:
         return await self._send("GET", f"{self._orders_url}/v1/orders/{order_id}", None, token, expect=(200,))
+
+    # --- what else the order service has ------------------------------------------------------------------------------
+
+    async def get(self, token: str, path: str) -> Any:
+        return (await self._send("GET", self._orders_url + path, None, token, expect=(200,))).body
+
+    async def put(self, token: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return dict((await self._send("PUT", self._orders_url + path, body, token, expect=(200, 201))).body)
+
+    async def post(self, token: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Once, however often it has to be sent."""
+        key = uuid.uuid4().hex
+        return dict((await self._send("POST", self._orders_url + path, body, token, key, expect=(200, 201))).body)
+
+    async def events(self, token: str, order_path: str) -> AsyncGenerator[str, None]:
+        """The types of what has happened to an order, and then of what happens, until the caller has enough or the
+        service ends the stream. Raises `CannotWalk`."""
+        url = f"{self._orders_url}{order_path}/events/stream"
+        headers = {"Authorization": f"Bearer {token}"}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_REQUEST_TIMEOUT_S)
+        async with self._session.get(url, headers=headers, timeout=timeout) as answer:
+            if answer.status != 200:
+                raise CannotWalk(f"GET {url} answered {answer.status}: {(await answer.text())[:500]}")
+            async for line in answer.content:
+                if line.startswith(b"event: "):
+                    yield line.removeprefix(b"event: ").decode().strip()
 
     async def _send(
         self,

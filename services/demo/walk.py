@@ -1,4 +1,5 @@
-"""The walk: register, sign in, stock a product, order; kill the leader; read the order, order again; see the node back.
+"""The walk: register, sign in, stock a product, order; kill the leader; read the order, order again; see the node back;
+then an order's whole life (`order_life.py`).
 
 It runs against what `make run` starts, leaves nothing behind that a second walk on the same data would stumble over
 (each has its own customer; the staff account gets a new random password each time), and every wait has an end.
@@ -18,6 +19,7 @@ import aiohttp
 
 import kvstore
 from services.demo.cluster import CannotWalk, DevCluster, LocalCluster
+from services.demo.order_life import OrderLife
 from services.demo.report import Report, Step
 from services.demo.shopper import Shopper
 from services.users.parts import create_staff
@@ -119,6 +121,7 @@ class _Walk:
             if now != (on_hand - 3, reserved + 3):
                 raise CannotWalk(f"{SKU} has {now} on hand and reserved, not {(on_hand - 3, reserved + 3)}")
             step.detail = f"{now[0]} on hand, {now[1]} reserved: two orders, three cups"
+        await OrderLife(report, shopper, token, staff, SKU, PRICE).run()
         self._tell_how_to_go_on(users_url, orders_url, email, password, first["id"])
 
     async def _lose_the_leader(self, token: str, first: dict[str, object]) -> None:

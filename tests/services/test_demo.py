@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from services.demo.cluster import CannotWalk, LocalCluster, _runs_kvstore
-from tests.cluster.harness import ROOT
-from tests.services.processes import ServiceProcess
+from tests.cluster.harness import ROOT, free_ports
+from tests.services.processes import ServiceProcess, WorkerProcess
 
 KILL_TO_ORDER_MS_MAX = 3000  # the promise is a median of half of that; one run proves no median
 
@@ -76,12 +76,23 @@ async def walk(path: Path, endpoints: str, users: str, orders: str) -> dict[str,
 @pytest.mark.timeout(120)
 async def test_the_walk_passes_twice_on_the_same_data(tmp_path: Path) -> None:
     base_port = free_base_port()
+    (orders_port,) = free_ports(1)
     killed = []
     for _ in range(2):
         async with (
             dev_cluster(tmp_path, base_port) as endpoints,
             ServiceProcess("users", endpoints, tmp_path) as users,
-            ServiceProcess("orders", endpoints, tmp_path) as orders,
+            ServiceProcess(
+                "sandbox-psp",
+                None,
+                tmp_path,
+                "--data-dir",
+                str(tmp_path / "psp"),
+                "--webhook-url",
+                f"http://127.0.0.1:{orders_port}/v1/webhooks/sandbox",
+            ) as psp,
+            ServiceProcess("orders", endpoints, tmp_path, "--psp-url", psp.url, port=orders_port) as orders,
+            WorkerProcess(endpoints, tmp_path, "--psp-url", psp.url) as worker,
         ):
             figures = await walk(tmp_path, endpoints, users.url, orders.url)
             assert figures["passed"] is True
@@ -91,9 +102,9 @@ async def test_the_walk_passes_twice_on_the_same_data(tmp_path: Path) -> None:
             assert float(str(figures["kill_to_back_ms"])) > 1000
             steps = figures["steps"]
             assert isinstance(steps, list)
-            assert len(steps) == 12
-            assert await users.stop() == 0
-            assert await orders.stop() == 0
+            assert len(steps) == 20
+            for process in (worker, orders, psp, users):
+                assert await process.stop() == 0
     assert all(killed)
 
 
