@@ -11,8 +11,8 @@ from typing import Final
 import kvstore
 
 # Each entry of the store's log that puts a record under a lease copies what the lease holds: 10,000 records, as many as
-# it allows nearly, cost every node some 150 µs an entry. At 1,000, one request in a thousand waits for a new lease, and half a
-# million leases are enough for 5,000 requests a second all day long.
+# it allows nearly, cost every node some 150 µs an entry. At 1,000, one request in a thousand waits for a new lease, and
+# half a million leases are enough for 5,000 requests a second all day long.
 LEASE_RECORDS_MAX: Final = 1000
 
 
