@@ -58,7 +58,7 @@ from services.orders.records import (
     user_order_key,
 )
 from services.orders.states import ORDER, OrderEvent
-from services.users.postal import AddressInput
+from services.web.addresses import AddressInput, check_country
 from services.web.answers import json_response
 from services.web.bodies import RequestBody
 from services.web.idempotency import Idempotency, refuse_and_store
@@ -124,6 +124,8 @@ class Placing:
             raise field_problem("", "invalid_value", "Send lines, or the cart_id of a cart")
         if placement.cart_id is UNSET and placement.cart_version is not UNSET:
             raise field_problem("/cart_version", "invalid_value", "There is a cart_version, and no cart_id")
+        if placement.ship_to is not UNSET:
+            check_country(placement.ship_to, "/ship_to")
         for attempt in range(_ATTEMPTS_MAX):
             skus: list[str] = []
             try:

@@ -29,8 +29,9 @@ from services.users.accounts import account_absent, account_puts
 from services.users.audit import OPERATOR, Action, AuditLog
 from services.users.credentials import normalise_email
 from services.users.passwords import Passwords, check_length, check_password
-from services.users.postal import check_country, new_address
+from services.users.postal import new_address
 from services.users.records import NOBODY, User, address_key, decode_user, email_key, encode, user_key
+from services.web.addresses import check_country
 from services.web.ids import Ids, now_ms
 from services.web.problems import Problem
 from services.web.tokens import Role

@@ -14,7 +14,7 @@ from msgspec import Struct
 from services.orders.products import words_of
 from services.seed.products import tag_of
 from services.users.bodies import Registration
-from services.users.postal import AddressInput
+from services.web.addresses import AddressInput
 
 _ADDRESSES: Final = (1, 1, 1, 2, 2, 3)
 

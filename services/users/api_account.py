@@ -22,8 +22,9 @@ from services.users.bodies import (
 from services.users.credentials import no_account
 from services.users.erasure import ExportBody
 from services.users.parts import Parts
-from services.users.postal import AddressBody, AddressInput, address_body
+from services.users.postal import AddressBody, address_body
 from services.users.records import address_key, encode, user_key
+from services.web.addresses import AddressInput
 from services.web.answers import CALLER_ID, json_response
 from services.web.endpoints import Access, Call, Condition, delete, get, patch, post, put
 from services.web.etags import check_match, etag, tagged_response

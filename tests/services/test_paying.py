@@ -347,6 +347,9 @@ async def test_when_a_customer_is_forgotten_orders_stay_and_addresses_go(paid: P
     address = {"name": "Ada", "line1": "1 Street", "city": "Town", "country": "DE"}
     body = {"lines": [{"sku": "cup", "quantity": 1}], "ship_to": address}
     order = await paid.did(paid.buyer, "/v1/orders", body)
+    nowhere = {**body, "ship_to": {**address, "country": "XX"}}
+    wrong = await problem(await paid.say(paid.buyer, "/v1/orders", nowhere), 422, "invalid_body")
+    assert wrong["errors"][0]["pointer"] == "/ship_to/country"
     cart = await paid.did(paid.buyer, "/v1/carts")
     details = await paid.get(f"/v1/orders/{order['id']}/details", paid.staff)
     assert details["ship_to"]["line1"] == "1 Street"
