@@ -20,6 +20,7 @@ from services.orders.bodies import event_of
 from services.orders.records import EventRecord, decode_event, encode, event_key, events_of
 from services.web.app import STATE
 from services.web.problems import Problem
+from services.web.tokens import TOKEN_TTL_S
 
 # A proxy gives up on a silent connection after a minute, often.
 HEARTBEAT_S: Final = 15.0
@@ -85,11 +86,13 @@ class EventFeed:
         self, request: web.Request, response: web.StreamResponse, order_id: int, revision: int, after: int
     ) -> None:
         state = request.app[STATE]
+        loop = asyncio.get_running_loop()
+        ends_at_s = loop.time() + TOKEN_TTL_S  # as long as a token is good: who comes again shows a newer one
         silent_s = 0.0
         async with self._store.watch(prefix=events_of(order_id), from_revision=revision, deletes=False) as events:
             following = asyncio.ensure_future(anext(events))
             try:
-                while not state.stopping:
+                while not state.stopping and loop.time() < ends_at_s:
                     done, _ = await asyncio.wait((following,), timeout=LOOK_S)
                     if not done:
                         silent_s += LOOK_S

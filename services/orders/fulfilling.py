@@ -45,6 +45,8 @@ def ship(draft: Draft, quantities: tuple[Quantity, ...], carrier: str, tracking:
         raise Problem("order_state", f"An order that is {order.state} is not shipped")
     if order.captured < order.owed:
         raise Problem("not_paid", f"{order.captured} of {order.owed} {order.currency} are captured: capture the rest")
+    if order.captured and order.refunded >= order.captured:
+        raise Problem("not_paid", "Everything that was captured is refunded")
     if order.shipments >= SHIPMENTS_MAX:
         raise Problem("order_state", f"An order has {SHIPMENTS_MAX} shipments at most")
     for line, quantity in checked(draft, quantities, lambda line: line.open, "are still to be shipped"):

@@ -107,6 +107,9 @@ async def test_a_refund_is_no_more_than_was_captured(paid: PaidShop) -> None:
     await problem(await paid.say(paid.staff, path, {"amount": 501, "reason": "r"}), 422, "amount_too_large")
     await paid.did(paid.staff, path, {"reason": "the rest"})
     await paid.becomes(order, payment_status="refunded", refunded=2500)
+    shipping = {"lines": [{"sku": "cup", "quantity": 1}], "carrier": "Post", "tracking": "P"}
+    late = await paid.say(paid.staff, f"/v1/orders/{order['id']}/shipments", shipping)
+    await problem(late, 409, "not_paid")
     await problem(await paid.say(paid.staff, path, {"amount": 1, "reason": "r"}), 422, "amount_too_large")
     await problem(await paid.say(paid.buyer, path, {"amount": 1, "reason": "r"}), 403, "forbidden")
 
