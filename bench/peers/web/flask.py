@@ -20,7 +20,7 @@ from bench.processes import Server, free_ports, require, wait_until
 from bench.websystem import PROCESSES, Workload, wait_ready
 
 WORKER_CLASSES = ("sync", "gthread")
-# Of one process; measured: more only wait for the interpreter's lock.
+# Of one process: the fastest of 2, 4, 8 and 16. More only wait for the interpreter's lock.
 _THREADS = 4
 
 
