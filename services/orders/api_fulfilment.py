@@ -56,7 +56,7 @@ class FulfilmentEndpoints:
         {201: ShipmentBody},
         access=Access.STAFF,
         idempotent=True,
-        problems=("order_state", "not_paid"),
+        problems=("order_state", "not_in_order", "not_paid"),
     )
     async def ship_order(self, call: Call, id: Id, body: ShipmentInput) -> web.Response:
         """Ship lines of an order, or parts of them"""
@@ -101,7 +101,7 @@ class FulfilmentEndpoints:
         {201: ReturnBody},
         access=Access.SIGNED_IN,
         idempotent=True,
-        problems=("order_state",),
+        problems=("order_state", "not_in_order"),
     )
     async def request_return(self, call: Call, id: Id, body: ReturnInput) -> web.Response:
         """Ask to return what was delivered"""
@@ -161,7 +161,7 @@ class FulfilmentEndpoints:
         {200: ReturnBody},
         access=Access.STAFF,
         idempotent=True,
-        problems=("order_state", "amount_too_large", "too_many_refunds"),
+        problems=("order_state", "not_in_order", "amount_too_large", "too_many_refunds"),
     )
     async def receive_return(self, call: Call, id: Id, number: Number, body: ReceiptInput) -> web.Response:
         """Take in what came back, and refund it"""

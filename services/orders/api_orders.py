@@ -73,7 +73,7 @@ class OrderEndpoints:
         idempotent=True,
         problems=(
             "unknown_product", "product_unavailable", "insufficient_stock", "mixed_currencies", "total_too_large",
-            "total_changed", "not_found", "cart_ordered", "cart_changed", "products_changing",
+            "total_changed", "not_found", "cart_ordered", "cart_changed", "cart_empty", "products_changing",
         ),
     )  # fmt: skip
     async def place_order(self, call: Call, body: Placement) -> web.Response:
@@ -139,7 +139,7 @@ class OrderEndpoints:
         {200: OrderBody},
         access=Access.STAFF,
         idempotent=True,
-        problems=("order_state", "too_many_refunds"),
+        problems=("order_state", "not_in_order", "too_many_refunds"),
     )
     async def cancel_lines(self, call: Call, id: Id, body: CancelLinesInput) -> web.Response:
         """Cancel what cannot be shipped of a confirmed order

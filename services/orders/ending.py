@@ -26,7 +26,7 @@ def cancel(draft: Draft, reason: str) -> None:
 
 def cancel_lines(draft: Draft, quantities: tuple[Quantity, ...], reason: str) -> None:
     """What is not shipped of some lines of a confirmed order: for what can't be delivered. What was paid for it goes
-    back. Raises `Problem`: `order_state`, `invalid_body`."""
+    back. Raises `Problem`: `order_state`, `not_in_order`, `invalid_body`."""
     if draft.order.state is not OrderState.CONFIRMED:
         raise Problem("order_state", f"Lines of an order that is {draft.order.state} cannot be cancelled")
     for line, quantity in checked(draft, quantities, lambda line: line.open, "are still to be shipped"):

@@ -18,6 +18,7 @@ from aiohttp import web
 import kvstore
 from services.orders.bodies import event_of
 from services.orders.records import EventRecord, decode_event, encode, event_key, events_of
+from services.web.answers import early_headers
 from services.web.app import STATE
 from services.web.problems import Problem
 from services.web.tokens import TOKEN_TTL_S
@@ -56,7 +57,12 @@ class EventFeed:
     async def _serve(self, request: web.Request, order_id: int, after: int) -> web.StreamResponse:
         found = await self._read(order_id, after)  # before the answer begins, so that a store that is away is a 503
         response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            headers={
+                "Content-Type": "text/event-stream",
+                "Cache-Control": "no-store",
+                "X-Accel-Buffering": "no",
+                **early_headers(request),
+            }
         )
         await response.prepare(request)
         try:

@@ -21,24 +21,25 @@ RETURNS_MAX: Final = 100
 def checked(
     draft: Draft, quantities: tuple[Quantity, ...], at_most: Callable[[OrderLine], int], what: str
 ) -> list[tuple[OrderLine, int]]:
-    """The lines that are named, with how much of each. Raises `Problem` `invalid_body` with a pointer where a line is
-    not there, is named twice, or has less than that."""
+    """The lines that are named, with how much of each. Raises `Problem` with a pointer: `not_in_order` where a line is
+    not there or has less than that, `invalid_body` where it is named twice."""
     found: list[tuple[OrderLine, int]] = []
     for position, one in enumerate(quantities):
         line = draft.line(one.sku)
         if line is None:
-            raise _wrong(f"/lines/{position}/sku", "unknown_product", f"The order has no line of {one.sku}")
+            message = f"The order has no line of {one.sku}"
+            raise _wrong(f"/lines/{position}/sku", "unknown_product", message, problem="not_in_order")
         if any(line.sku == other.sku for other, _ in found):
-            raise _wrong(f"/lines/{position}/sku", "invalid_value", f"{one.sku} is named twice")
+            raise _wrong(f"/lines/{position}/sku", "duplicate", f"{one.sku} is named twice")
         if one.quantity > at_most(line):
             message = f"{at_most(line)} of {one.sku} {what}"
-            raise _wrong(f"/lines/{position}/quantity", "invalid_value", message)
+            raise _wrong(f"/lines/{position}/quantity", "quantity_too_large", message, problem="not_in_order")
         found.append((line, one.quantity))
     return found
 
 
 def ship(draft: Draft, quantities: tuple[Quantity, ...], carrier: str, tracking: str) -> Shipment:
-    """Goods leave. Raises `Problem`: `order_state`, `not_paid`, `invalid_body`."""
+    """Goods leave. Raises `Problem`: `order_state`, `not_paid`, `not_in_order`, `invalid_body`."""
     order = draft.order
     state = SHIPMENT.next(None, ShipmentEvent.SHIP)
     if order.state is not OrderState.CONFIRMED:
@@ -142,5 +143,5 @@ def _close(draft: Draft, ret: Return, *, received: bool) -> None:
         draft.set_line(msgspec.structs.replace(line, returning=line.returning - one.quantity, returned=returned))
 
 
-def _wrong(pointer: str, code: str, message: str) -> Problem:
-    return Problem("invalid_body", message, errors=(FieldError(pointer, code, message),))
+def _wrong(pointer: str, code: str, message: str, *, problem: str = "invalid_body") -> Problem:
+    return Problem(problem, message, errors=(FieldError(pointer, code, message),))

@@ -73,7 +73,7 @@ _ATTEMPTS_MAX: Final = 8
 
 class LineBody(RequestBody, frozen=True):
     sku: Sku
-    quantity: Annotated[int, Meta(ge=1, le=QUANTITY_MAX)]
+    quantity: Annotated[int, Meta(ge=1, le=QUANTITY_MAX, examples=[1])]
 
 
 class Placement(RequestBody, frozen=True):
@@ -118,8 +118,9 @@ class Placing:
         self, request: web.Request, idempotency: Idempotency, user_id: int, placement: Placement
     ) -> web.Response:
         """The answer to a placement: a new order, or what was answered before. Raises `Problem`: `invalid_body`,
-        `not_found`, `cart_ordered`, `cart_changed`, `unknown_product`, `product_unavailable`, `insufficient_stock`,
-        `mixed_currencies`, `total_too_large`, `total_changed`, `idempotency_key_reused`, `products_changing`."""
+        `not_found`, `cart_ordered`, `cart_changed`, `cart_empty`, `unknown_product`, `product_unavailable`,
+        `insufficient_stock`, `mixed_currencies`, `total_too_large`, `total_changed`, `idempotency_key_reused`,
+        `products_changing`."""
         if (placement.lines is UNSET) is (placement.cart_id is UNSET):
             raise field_problem("", "invalid_value", "Send lines, or the cart_id of a cart")
         if placement.cart_id is UNSET and placement.cart_version is not UNSET:
@@ -159,7 +160,7 @@ class Placing:
             detail = f"The cart has version {cart.version} now"
             raise field_problem("/cart_version", "cart_changed", detail, problem="cart_changed")
         if not cart.lines:
-            raise field_problem("/cart_id", "invalid_value", "The cart is empty")
+            raise field_problem("/cart_id", "cart_empty", "Put something into the cart first", problem="cart_empty")
         return Wanted(cart.lines, stored, await self._carts.lease())
 
     async def _products(self, skus: list[str], wanted: Wanted) -> list[StoredProduct]:

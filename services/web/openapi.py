@@ -224,7 +224,7 @@ def _responses(bound: Bound, api: Api, schemas: _Schemas) -> dict[str, Any]:
             if links:
                 response["links"] = links
         elif kind is EventStream:
-            response["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+            response["content"] = {"text/event-stream": {"schema": _EVENTS}}
         responses[str(status)] = response
     by_status: dict[int, list[str]] = {}
     for code in sorted(declared.all_problems):
@@ -273,6 +273,8 @@ def _header(description: str, schema: dict[str, Any], *, required: bool = False)
 
 
 _TEXT: Final[dict[str, Any]] = {"type": "string"}
+# Readers differ on whether a stream's schema is that of its text or of one event, so it demands neither.
+_EVENTS: Final = {"description": "Server-sent events, for as long as the client stays; see the description."}
 _SECONDS: Final[dict[str, Any]] = {"type": "integer", "minimum": 0}
 _ETAG: Final[dict[str, Any]] = {"type": "string", "pattern": '^"[1-9][0-9]{0,17}"$'}
 # Those that an answer must have are required: what the document says of them is tested.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tests.fuzz.shops import FuzzedShop
 
 _HERE: Final = Path(__file__).parent
 # Whoever may do nothing is refused before anything is read: one pass over all there is to refuse is enough.
+_KNOWN_SHARE: Final = 0.7
 _ALL_PHASES: Final = "examples,coverage,fuzzing,stateful"
 ALL_PHASES: Final = {"nobody": "coverage", "customer": _ALL_PHASES, "staff": _ALL_PHASES, "admin": _ALL_PHASES}
 
@@ -45,9 +47,11 @@ class Outcome:
 
 async def fuzz(shop: FuzzedShop, service: str, who: str, effort: Effort) -> Outcome:
     """`report` is what schemathesis says: of each failure the request, as a curl line, and the answer."""
+    config = shop.path / f"{service}-{who}.toml"
+    config.write_text((_HERE / "schemathesis.toml").read_text() + _dictionaries(shop.known[service]))
     command = [
         sys.executable, "-c", "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())",
-        "--config-file", str(_HERE / "schemathesis.toml"), "--no-color",
+        "--config-file", str(config), "--no-color",
         "run", f"{shop.url(service)}/openapi.json",
         "--phases", effort.phases[who], "--max-examples", str(effort.examples), "--seed", str(effort.seed),
         "--continue-on-failure", "--warnings", "off", "--request-timeout", "20",
@@ -74,6 +78,16 @@ async def fuzz(shop: FuzzedShop, service: str, who: str, effort: Effort) -> Outc
             await process.wait()
     assert process.returncode is not None
     return Outcome(service, who, process.returncode, report.decode(errors="replace"))
+
+
+def _dictionaries(known: dict[str, list[int | str]]) -> str:
+    """Configuration by which parameters of the path are often what exists."""
+    lines: list[str] = []
+    for name, values in known.items():
+        lines += [f"[dictionaries.{name}]", f"values = {json.dumps(values)}"]
+    lines.append("[parameters]")
+    lines += [f'"path.{name}" = {{ dictionary = "{name}", probability = {_KNOWN_SHARE} }}' for name in known]
+    return "\n".join(["", *lines, ""])
 
 
 async def fuzz_all(
