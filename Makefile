@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test lint sim mutants chaos upgrade watches scale join bench bench-micro bench-deps clean
+.PHONY: help run test lint sim mutants chaos fuzz upgrade watches scale join bench bench-micro bench-deps clean
 
 help:
 	@echo "make run         start three store nodes and the services; order, lose the leader, order again; pay, ship, return"
@@ -14,6 +14,7 @@ help:
 	@echo "make sim         simulated clusters under faults: SEEDS=1000 is a campaign, SEED=123 replays one and tells its story"
 	@echo "make mutants     take the protections out one by one: which seed notices? Writes the table in docs/testing.md"
 	@echo "make chaos       faults on real nodes under load, and a report with a plot (MINUTES=20 SEED=1 choose how long and which)"
+	@echo "make fuzz        both services from their own OpenAPI documents, as every kind of caller (MINUTES=20 SEED=1)"
 	@echo "make upgrade     a rolling upgrade under load from an earlier commit (FROM=HEAD~1 chooses which)"
 	@echo "make watches     10,000 watches on 100 connections under 2,000 writes/s: complete, in order, within bounds"
 	@echo "make scale       5,000,000 records: memory of a node, rates beside those of 10,000, and how soon a killed node is back"
@@ -87,6 +88,12 @@ CHAOS_ALL := --minutes $(MINUTES) --seed $(or $(SEED),1) --out build/chaos $(CHA
 chaos: $(VENV)/installed-to-test
 	@echo "python -m tests.chaos $(CHAOS_ALL)"
 	@$(BIN)/python -m tests.chaos $(CHAOS_ALL)
+
+# FUZZ='--service orders --who staff' adds options, which `python -m tests.fuzz --help` lists.
+FUZZ_ALL := --minutes $(MINUTES) --seed $(or $(SEED),1) --out build/fuzz $(FUZZ)
+fuzz: $(VENV)/installed-to-test
+	@echo "python -m tests.fuzz $(FUZZ_ALL)"
+	@$(BIN)/python -m tests.fuzz $(FUZZ_ALL)
 
 # A rolling upgrade under load from another commit, whose nodes run from its own source.
 FROM ?= HEAD~1

@@ -21,6 +21,7 @@ from services.web.endpoints import Access, Api, Call, Condition, Query, get, pos
 from services.web.idempotency import KEPT_S, IdempotencyKeys
 from services.web.ids import ID_MAX, Id
 from services.web.limits import Limit
+from services.web.openapi import document as document_of
 from services.web.paging import Page, PageQuery, cursor_of, page_of
 from services.web.problems import Problem
 from services.web.tokens import Caller, Role, SigningKeys, Tokens
@@ -312,3 +313,113 @@ async def test_what_the_document_says_of_an_endpoint(store: kvstore.Client) -> N
     change = document["paths"]["/things/{id}"]["put"]
     assert set(change["responses"]) >= {"200", "403", "412", "428"}
     assert document["components"]["schemas"]["Thing"]["additionalProperties"] is False
+
+
+async def test_what_a_declaration_implies_is_in_the_document(store: kvstore.Client) -> None:
+    async with Setup(store) as setup:
+        document = await (await setup.client.get("/openapi.json")).json()
+    paths, components = document["paths"], document["components"]
+    # The problems of a status by their codes, each with an example; and the headers that come with it.
+    make = paths["/things/{id}"]["post"]["responses"]
+    content = make["400"]["content"]["application/problem+json"]
+    narrowed = content["schema"]["allOf"][1]["properties"]
+    assert narrowed["status"] == {"const": 400}
+    assert "idempotency_key_required" in narrowed["code"]["enum"]
+    assert set(content["examples"]) == set(narrowed["code"]["enum"]) <= set(components["examples"])
+    for code, example in components["examples"].items():
+        assert example["value"]["code"] == code
+    assert "WWW-Authenticate" in make["401"]["headers"]
+    assert {"Retry-After", "X-Request-Id"} <= set(make["503"]["headers"])
+    assert {"Location", "Idempotent-Replayed"} <= set(make["201"]["headers"])
+    for response in make.values():
+        for header in response["headers"].values():
+            assert header["$ref"].rpartition("/")[2] in components["headers"]
+    # Where a token is needed, may be sent, and is passed over.
+    assert paths["/things/{id}"]["get"]["security"] == [{}, {"token": []}]
+    assert paths["/admin"]["post"]["security"] == [{"token": []}]
+
+
+class Part(Struct, frozen=True):
+    id: int
+    number: int
+
+
+class Linked:
+    """Handlers are never called."""
+
+    @post("/v1/parts", {201: Part})
+    async def make_part(self, call: Call, body: Thing) -> web.Response:
+        """Make a part"""
+        raise NotImplementedError
+
+    @get("/v1/parts", {200: Page[Part]})
+    async def list_parts(self, call: Call, query: PageQuery) -> web.Response:
+        """List parts"""
+        raise NotImplementedError
+
+    @get("/v1/parts/recent", {200: Part})
+    async def read_recent(self, call: Call) -> web.Response:
+        """Read the newest"""
+        raise NotImplementedError
+
+    @get("/v1/parts/{id}", {200: Part, 304: None})
+    async def read_part(self, call: Call, id: Id) -> web.Response:
+        """Read a part"""
+        raise NotImplementedError
+
+    @put("/v1/parts/{id}", {200: Part}, condition=Condition.OFFERED)
+    async def put_part(self, call: Call, id: Id, body: Thing) -> web.Response:
+        """Replace a part"""
+        raise NotImplementedError
+
+    @post("/v1/parts/{id}/screws", {201: Part})
+    async def add_screw(self, call: Call, id: Id, body: Thing) -> web.Response:
+        """Add a screw"""
+        raise NotImplementedError
+
+    @get("/v1/parts/{id}/screws/{number}", {200: Part})
+    async def read_screw(self, call: Call, id: Id, number: Id) -> web.Response:
+        """Read a screw"""
+        raise NotImplementedError
+
+    @get("/part/{id}", {200: Part})
+    async def read_old(self, call: Call, id: Id) -> web.Response:
+        """Read it as elsewhere"""
+        raise NotImplementedError
+
+
+async def test_answers_say_where_to_go_on(store: kvstore.Client) -> None:
+    api = Api("Linked", "For tests.", Tokens(SigningKeys(store)), IdempotencyKeys(store))
+    api.add(Linked(), tag="Parts")
+    document = msgspec.json.decode(msgspec.json.encode(document_of(api)))
+    paths = document["paths"]
+    OpenAPIV31SpecValidator(document).validate()
+
+    def links(method: str, path: str, status: str) -> dict[str, Any]:
+        found = paths[path][method]["responses"][status].get("links", {})
+        return {name: link["parameters"] for name, link in found.items()}
+
+    of_body = {"id": "$response.body#/id"}
+    assert links("post", "/v1/parts", "201") == {
+        "read_part": of_body, "put_part": of_body, "add_screw": of_body, "read_old": of_body,
+    }  # fmt: skip
+    first = {"id": "$response.body#/data/0/id"}
+    assert links("get", "/v1/parts", "200") == {
+        "next_page": {"starting_after": "$response.body#/next_cursor"}, "read_part": first, "read_old": first,
+    }  # fmt: skip
+    same = {"id": "$request.path.id"}
+    assert links("put", "/v1/parts/{id}", "200") == {"read_part": same, "add_screw": same, "read_old": same}
+    screw = {"id": "$request.path.id", "number": "$response.body#/number"}
+    assert links("post", "/v1/parts/{id}/screws", "201") == {"read_screw": screw}
+    assert links("get", "/v1/parts/recent", "200") == {}
+
+
+async def test_what_one_path_spells_out_is_no_parameter_of_another(store: kvstore.Client) -> None:
+    api = Api("Linked", "For tests.", Tokens(SigningKeys(store)), IdempotencyKeys(store))
+    api.add(Linked(), tag="Parts")
+    client: TestClient[Any, Any] = TestClient(TestServer(new_app(store, api)))
+    async with client:
+        answer = await client.put("/v1/parts/recent", json={"name": "a"})
+        await problem(answer, 405, "method_not_allowed")
+        assert set(answer.headers["Allow"].split(",")) == {"GET", "HEAD"}
+        await problem(await client.put("/v1/parts/recently", json={"name": "a"}), 404, "not_found")
