@@ -47,7 +47,9 @@ class Worker:
         self._steps = steps_of(queue)
         self._lease_s = lease_s
         self._chance = chance or random.Random()
-        self._running: dict[bytes, asyncio.Task[None]] = {}
+        # By kind and subject, not by key: the same subject may be due twice, as a webhook may ask for what is asked for
+        # already, and a claim is by subject.
+        self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
 
     async def run(self) -> None:
@@ -90,15 +92,17 @@ class Worker:
         """Begin what is due, as far as there is room. How many seconds to wait if nothing happens."""
         now = now_ms()
         found = await self._store.range(self._steps, b"%b%016d0" % (self._steps, now), limit=LOOK_AT)
-        due = [record for record in found.records if record.key not in self._running]
+        due = [(decode_step(record.value), record.mod_revision) for record in found.records]
         self._chance.shuffle(due)  # so that workers seldom want the same one
-        for record in due:
+        for step, revision in due:
             if len(self._running) >= AT_ONCE_MAX:
                 break
-            step = decode_step(record.value)
-            task = group.create_task(self._do(step, record.mod_revision, lease))
-            self._running[record.key] = task
-            task.add_done_callback(partial(self._done, record.key))
+            name = (step.kind, step.subject)
+            if name in self._running:
+                continue
+            task = group.create_task(self._do(step, revision, lease))
+            self._running[name] = task
+            task.add_done_callback(partial(self._done, name))
         end = kvstore.prefix_end(self._steps)
         following = await self._store.range(b"%b%016d0" % (self._steps, now), end, limit=1)
         if following.records:
@@ -106,8 +110,8 @@ class Worker:
             return min(LOOK_EVERY_S, max(0.0, (due_ms - now_ms()) / 1000))
         return LOOK_EVERY_S
 
-    def _done(self, key: bytes, _: asyncio.Task[None]) -> None:
-        del self._running[key]
+    def _done(self, name: tuple[str, str], _: asyncio.Task[None]) -> None:
+        del self._running[name]
         self._woken.set()
 
     async def _do(self, step: Step, revision: int, lease: int) -> None:

@@ -103,6 +103,25 @@ async def test_any_number_of_workers_do_each_step_once(store: kvstore.Client) ->
     assert set(attempts.values()) == {1}
 
 
+async def test_a_subject_that_is_due_twice_is_done_by_one_at_a_time(store: kvstore.Client) -> None:
+    """As where a webhook asks for what is asked for already."""
+    at_once: list[int] = []
+    ended: list[str] = []
+
+    async def handler(run: StepRun) -> None:
+        at_once.append(len(at_once) - len(ended) + 1)
+        await store.get(b"something")  # others have time to begin
+        assert await run.finish()
+        ended.append(run.step.subject)
+
+    now = now_ms()
+    await store.txn(success=[steps.put("kind", "a", due_ms=now - earlier) for earlier in range(5)])
+    async with working(store, kind=handler):
+        await all_done(store)
+    assert at_once == [1] * 5
+    assert ended == ["a"] * 5
+
+
 async def test_what_fails_is_tried_again_later(store: kvstore.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "BACKOFF_MIN_S", 0.01)
     seen: list[tuple[int, str]] = []
