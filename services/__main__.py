@@ -1,6 +1,6 @@
-"""`python -m services`: run a service, create staff, rotate keys, fill a shop, or walk through the whole.
+"""`python -m services`: run a service, audit the store, create staff, fill a shop, or walk through the whole.
 
-Exit codes: 0 done; 1 it could not be done, and standard error says why; 2 wrong usage.
+Exit codes: 0 done; 1 it could not be done, and standard error says why; 2 wrong usage. (`audit` has its own.)
 """
 
 from __future__ import annotations
@@ -154,6 +154,30 @@ def worker(endpoints: str, provider: str | None, psp_url: str) -> None:
         run_worker(endpoints, _provider(provider, psp_url))
     except ValueError as error:
         raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@endpoints_option
+@click.option("--psp-url", envvar="SANDBOX_PSP_URL", help="Compare with the books of the sandbox provider there.")
+@click.option("--provider", help="Compare with those of another provider: module:function, which makes it.")
+@click.option("--json", "as_json", is_flag=True, help="Print what came of it as one JSON object.")
+@click.option("--list-checks", is_flag=True, help="Say what is checked, and check nothing.")
+def audit(endpoints: str, psp_url: str | None, provider: str | None, as_json: bool, list_checks: bool) -> None:
+    """Prove that the whole store keeps the rules of commerce, as of one revision; it may be in use.
+
+    Exit codes: 0 no violation; 1 violations, which are printed; 2 it could not be done.
+    """
+    from services.audit.command import COULD_NOT, print_checks, run_audit
+
+    if list_checks:
+        print_checks()
+        return
+    try:
+        opened = _provider(provider, psp_url or "") if provider or psp_url else None
+    except click.ClickException as error:
+        error.show()
+        sys.exit(COULD_NOT)
+    sys.exit(uvloop.run(run_audit(endpoints, opened, as_json=as_json)))
 
 
 @main.command("sandbox-psp")

@@ -57,6 +57,19 @@ CAPTURE_REFUSED: Final = "capture_refused"
 VOID_REFUSED: Final = "void_refused"
 PROVIDER_REFUSED: Final = "provider_refused"  # of a payment or refund that failed
 
+# Why a step may be parked, and what that means to staff. `internal`, an error of ours, is not among them.
+PARK_REASONS: Final = {
+    PROVIDER_UNKNOWN: "The provider gave no usable answer for hours. Retry when it is back.",
+    PROVIDER_BUSY: "The provider was too busy for hours. Retry when it is not.",
+    PROVIDER_PENDING: "The provider has not known for hours how it ends. Ask the provider, then retry.",
+    PAYMENT_MOVED: "The payment changed with each attempt. Retry.",
+    CAPTURE_REFUSED: "The provider does not give what it had authorised. Ask the provider, or cancel the order.",
+    VOID_REFUSED: "The provider does not give up an authorisation. Ask the provider, then retry.",
+    "contended": "Others kept changing the order. Retry.",
+    "mailer_failed": "The mailer takes no mail. Retry when it does.",
+    "unknown_kind": "No worker knows this kind of step, perhaps since all are of an older version. Retry after that.",
+}
+
 # The provider says by webhook when the customer has been there; this is for webhooks that are lost.
 ACTION_POLL_MS: Final = 15_000
 

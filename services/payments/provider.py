@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -264,6 +264,7 @@ class RefundEntry(Struct, frozen=True):
     status: str  # pending, succeeded or failed
 
 
+@runtime_checkable
 class Books(Protocol):
     """What an auditor reads: everything on the provider's books, oldest first, in pages of at most `LIST_MAX`.
     `after` is the id of the last one seen. An empty page is the end. Raises `ProviderUnknown`."""
