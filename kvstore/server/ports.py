@@ -6,7 +6,7 @@ own. Everything here runs on the node's event loop, one call at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from kvstore import codec, model
@@ -152,6 +152,9 @@ class Machine(Protocol):
 
     @property
     def stamped_index(self) -> int: ...
+
+    def prefetch(self, requests: Iterable[model.Read]) -> None:
+        """Before several reads: makes them cheaper, and changes no answer. Raises `OSError`."""
 
     def read(self, request: model.Read, log_time_ms: int = 0) -> bytes:
         """The encoded result of a read at the applied state; `log_time_ms` is log time as it would be now."""

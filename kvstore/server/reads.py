@@ -2,19 +2,22 @@
 
 - **linearizable**: what arrives in a turn shares one ReadIndex. While `ROUNDS_MAX` barriers are under way the rest
   collects and shares the next one; a barrier never serves a read that came after it was asked for.
-- **local**: answered at once from this replica, or, where the asker has seen a later revision than we hold, as soon
-  as we hold it, within `CATCH_UP_S`.
+- **local**: answered in the same turn from this replica, or, where the asker has seen a later revision than we hold,
+  as soon as we hold it, within `CATCH_UP_S`.
 
-Serving is sliced: after `SLICE_READS` reads, `SLICE_BYTES` of results or `SLICE_S` the loop gets its turn, so that a
-burst of reads delays no heartbeat. A read whose asker is congested is handed to its gate and served when there is
-room: a barrier that has passed stays passed. What waits is bounded; past it `overloaded`.
+What is ready together is read together: the machine may prefetch it. Serving is sliced: after `SLICE_READS` reads,
+`SLICE_BYTES` of results or `SLICE_S` the loop gets its turn, so that a burst of reads delays no heartbeat. A read whose
+asker is congested is handed to its gate and served when there is room: a barrier that has passed stays passed. What
+waits is bounded; past it `overloaded`.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 from msgspec import Raw
@@ -97,7 +100,9 @@ class Reads:
         if self._full(read):
             return
         if self._machine().revision >= min_revision:
-            self._enqueue([read])
+            # At the end of the turn, with all others that come in it.
+            self._ready.append(read)
+            self._serve_soon()
             return
         deadline = self._env.clock.monotonic() + CATCH_UP_S
         self._behind_lowest = min(min_revision, self._behind_lowest) if self._behind else min_revision
@@ -163,7 +168,10 @@ class Reads:
         ready, monotonic = self._ready, self._env.clock.monotonic
         until = monotonic() + SLICE_S
         served_bytes = 0
-        for _ in range(min(len(ready), SLICE_READS)):
+        count = min(len(ready), SLICE_READS)
+        if count > 1:
+            self._prefetch(count)
+        for _ in range(count):
             read = ready.popleft()
             if read.gate is not None and read.gate.congested:
                 read.gate.postpone(partial(self._answer, read))
@@ -171,9 +179,19 @@ class Reads:
             served_bytes += self._answer(read)
             if served_bytes >= SLICE_BYTES or monotonic() >= until:
                 break
-        if ready and not self._serve_due:
+        if ready:
+            self._serve_soon()
+
+    def _serve_soon(self) -> None:
+        if not self._serve_due:
             self._serve_due = True
             self._env.scheduler.call_soon(self._serve)
+
+    def _prefetch(self, count: int) -> None:
+        """Of the first that are ready."""
+        # Whoever needs what could not be read finds that out by itself, and is told so.
+        with suppress(OSError):
+            self._machine().prefetch([read.request for read in islice(self._ready, count)])
 
     def _answer(self, read: Waiting) -> int:
         """Answer one read; the size of its result."""

@@ -57,6 +57,11 @@ from kvstore.state.walk import EachByItself, Pairs, Walk
 CACHE_GENERATION_BYTES = 32 * 1024 * 1024
 # What a cached record costs beside its key and value: two bytes objects and a slot in a dict.
 _CACHE_ENTRY_BYTES = 160
+# Keys that the storage is asked for at once. RocksDB works on 32 at a time, and all records come together: at their
+# largest, some 50 MiB.
+_PREFETCHED_TOGETHER = 32
+# So much, and one time together more, is read ahead at most: it stays in the cache until it is asked for.
+_PREFETCHED_BYTES_MAX = CACHE_GENERATION_BYTES
 # Batches of history that reads looked into, decoded. One read at a revision looks into one batch, often again.
 _BATCHES_CACHED = 4
 
@@ -93,10 +98,12 @@ class Change(Struct, gc=False):
 
 class Records:
     __slots__ = (
+        "_absent",
         "_batches",
         "_cold",
         "_first_revisions",
         "_get",
+        "_get_many",
         "_hot",
         "_hot_bytes",
         "_retention",
@@ -111,6 +118,7 @@ class Records:
         """`epochs`: oldest first, the current one last."""
         self._storage = storage
         self._get = storage.get
+        self._get_many = storage.get_many
         self._retention = retention
         self.revision = position.revision
         self.compacted_revision = position.compacted_revision
@@ -119,6 +127,7 @@ class Records:
         self._hot: dict[bytes, bytes] = {}
         self._cold: dict[bytes, bytes] = {}
         self._hot_bytes = 0
+        self._absent: set[bytes] = set()  # keys that were prefetched and are not there; as of the last batch
         self._batches: dict[bytes, BatchRecord] = {}
         self.records_bytes = position.records_bytes
         if self.records_bytes < 0:
@@ -138,6 +147,8 @@ class Records:
             return packed
         packed = self._cold.get(key)
         if packed is None:
+            if key in self._absent:
+                return None
             packed = self._get(CURRENT + key)
             if packed is None:
                 return None
@@ -148,6 +159,30 @@ class Records:
         if self._hot_bytes > CACHE_GENERATION_BYTES:
             self._next_generation()
         return packed
+
+    def prefetch(self, keys: Iterable[bytes]) -> None:
+        """Have at hand what `get` is about to be asked for: many keys together cost about half of what each by itself
+        does. Changes no answer. Raises `StorageFailed`."""
+        hot, cold = self._hot, self._cold
+        wanted = {key for key in keys if key not in hot and key not in cold}
+        self._absent.clear()
+        if len(wanted) < 2:
+            return
+        ordered = sorted(wanted)
+        size_bytes = 0
+        for at in range(0, len(ordered), _PREFETCHED_TOGETHER):
+            if size_bytes > _PREFETCHED_BYTES_MAX:
+                return
+            together = ordered[at : at + _PREFETCHED_TOGETHER]
+            for key, packed in zip(together, self._get_many([CURRENT + key for key in together]), strict=True):
+                if packed is None:
+                    self._absent.add(key)
+                elif packed[0] == FORMAT:  # anything else is for `get` to judge
+                    hot[key] = packed
+                    size_bytes += len(key) + len(packed) + _CACHE_ENTRY_BYTES
+        self._hot_bytes += size_bytes
+        if self._hot_bytes > CACHE_GENERATION_BYTES:
+            self._next_generation()
 
     def scan(self, start: bytes, end: bytes, reverse: bool = False) -> Pairs:
         """(key, packed record) in `[start, end)`; `end` b"" is no bound."""
@@ -332,6 +367,7 @@ class Records:
 
     def committed(self, overlay: Overlay, epochs: list[Epoch], records_bytes: int) -> None:
         """The storage has taken what `prepare` put into its batch."""
+        self._absent.clear()
         self.records_bytes = records_bytes
         if epochs is not self.epochs:
             self.epochs = epochs

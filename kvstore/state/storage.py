@@ -55,6 +55,9 @@ class Storage(Protocol):
 
     def get(self, key: bytes, /) -> bytes | None: ...
 
+    def get_many(self, keys: list[bytes], /) -> list[bytes | None]:
+        """As `get` of each, in the order of `keys`, all at one moment. All of it is in memory at once."""
+
     def scan(self, begin: bytes, end: bytes, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """Every pair in `[begin, end)`, in key order or its reverse. Lazy: stop when you have enough, and let go of
         it before `close`."""
@@ -152,6 +155,13 @@ class RocksStorage:
     def get(self, key: bytes, /) -> bytes | None:
         try:
             packed: bytes | None = self._get(key)
+            return packed
+        except Exception as error:
+            raise _failed("reading", error) from error
+
+    def get_many(self, keys: list[bytes], /) -> list[bytes | None]:
+        try:
+            packed: list[bytes | None] = self._get(keys)  # RocksDB's batched MultiGet
             return packed
         except Exception as error:
             raise _failed("reading", error) from error
@@ -327,6 +337,10 @@ class MemoryStorage:
     def get(self, key: bytes, /) -> bytes | None:
         self._check_alive("reading")
         return self._map.values.get(key)
+
+    def get_many(self, keys: list[bytes], /) -> list[bytes | None]:
+        self._check_alive("reading")
+        return [self._map.values.get(key) for key in keys]
 
     def scan(self, begin: bytes, end: bytes, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         self._check_alive("scanning")

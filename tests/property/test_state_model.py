@@ -121,6 +121,8 @@ class Replica(RuleBasedStateMachine):
             (model, "LEASE_KEYS_MAX", 3),
             (mvcc, "_WALK_MAX", 2),
             (mvcc, "CACHE_GENERATION_BYTES", 500),
+            (mvcc, "_PREFETCHED_TOGETHER", 2),
+            (mvcc, "_PREFETCHED_BYTES_MAX", 300),
             (sessions, "_UNWRITTEN_ENTRIES_MAX", 3),
             (sessions, "_WRITTEN_PER_ENTRY_MAX", 2),
             (sessions, "_TRIM_ENTRIES", 4),
@@ -223,6 +225,11 @@ class Replica(RuleBasedStateMachine):
         self.machine.apply(self.machine.applied_index + 1, 4, kind, members or b"")
         self.model.apply_members(self.model.members if members is None else members)
         self.entries.append((kind, members or b"", [], self.machine.digest()))
+
+    @rule(requests=st.lists(points | transactions(points) | st.builds(Range, keys), max_size=6))
+    def prefetch(self, requests: list[Any]) -> None:
+        """In vain, or for whatever comes next."""
+        self.machine.prefetch(requests)
 
     @rule(request=ranges | points | transactions(ranges | points))
     def read(self, request: Any) -> None:

@@ -188,6 +188,11 @@ class Storages(RuleBasedStateMachine):
         for key in (b"\x00", b"\x01\x80", b"\x83", *self.expected):
             assert [storage.get(key) for storage in self.storages] == [self.expected.get(key)] * 3
 
+    @rule(keys=st.lists(keys, max_size=80))
+    def get_many(self, keys: list[bytes]) -> None:
+        expected = [self.expected.get(key) for key in keys]
+        assert [storage.get_many(keys) for storage in self.storages] == [expected] * 3
+
     def teardown(self) -> None:
         for storage in self.storages:
             storage.close()

@@ -113,6 +113,10 @@ class FileStorage:
             raise _dead("reading")
         return self._map.values.get(key)
 
+    def get_many(self, keys: list[bytes], /) -> list[bytes | None]:
+        self._check("reading")
+        return [self._map.values.get(key) for key in keys]
+
     def scan(self, begin: bytes, end: bytes, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         self._check("scanning")
         keys, values = self._map.keys, self._map.values

@@ -6,7 +6,7 @@ No real time passes and no thread runs, so a test says exactly what happens in w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +70,9 @@ class FakeMachine:
         elif isinstance(request, model.ExpireLeases):
             self.leases_due -= 1
         return model.DoneResult(self.revision)
+
+    def prefetch(self, requests: Iterable[model.Read]) -> None:
+        pass
 
     def read(self, request: model.Read, log_time_ms: int = 0) -> bytes:
         assert isinstance(request, model.Range)

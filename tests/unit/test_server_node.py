@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import cast
 
@@ -534,6 +534,7 @@ def test_a_failed_barrier_answers_its_reads() -> None:
 def test_a_local_read_waits_for_the_revision_it_was_promised_within_bounds() -> None:
     setup = ReadSetup()
     setup.reads.local(setup.waiting(1), 0)
+    setup.world.turn()
     assert setup.answers.ids == [1]
     setup.reads.local(setup.waiting(2), 1)
     setup.reads.local(setup.waiting(3), 2)
@@ -546,6 +547,27 @@ def test_a_local_read_waits_for_the_revision_it_was_promised_within_bounds() -> 
     assert setup.answers.ids == [1, 2, 3]
     assert setup.answers.failure().code == "unavailable"
     assert setup.reads.waiting == 0
+
+
+def test_reads_of_a_turn_are_prefetched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, prefetched = ReadSetup(), []
+
+    def prefetch(requests: Iterable[model.Read]) -> None:
+        prefetched.append(len(list(requests)))
+        raise OSError("the disk is gone")  # who needs what it would have read hears of that, or has it already
+
+    monkeypatch.setattr(setup.raft.machine, "prefetch", prefetch)
+    for request_id in (1, 2, 3):
+        setup.reads.local(setup.waiting(request_id), 0)
+    setup.world.turn()
+    for request_id in (4, 5):
+        setup.reads.linearizable(setup.waiting(request_id))
+    setup.world.turn()
+    setup.raft.confirm()
+    setup.reads.local(setup.waiting(6), 0)
+    setup.world.turn()
+    assert prefetched == [3, 2]
+    assert setup.answers.ids == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_burst_of_reads_is_served_in_slices() -> None:
