@@ -137,7 +137,10 @@ class RocksStorage:
             if read_only:
                 self._db = Rdict(path, Options(raw_mode=True), access_type=AccessType.read_only())
             else:
-                self._db = Rdict(path, _options())
+                options = _options()
+                # The family is named, or rocksdict would open one that exists with the options that RocksDB wrote
+                # down beside it, and with a block cache of 8 MiB.
+                self._db = Rdict(path, options, {"default": options})
         except Exception as error:
             text = str(error)
             if "lock file" in text or "lock hold" in text:
