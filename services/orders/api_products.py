@@ -15,7 +15,7 @@ from services.web.answers import json_response
 from services.web.bodies import Name, RequestBody, Text
 from services.web.endpoints import Access, Call, Condition, get, post, put
 from services.web.etags import check_match, etag, tagged_response
-from services.web.ids import now_ms, timestamp
+from services.web.ids import Timestamp, now_ms, timestamp
 from services.web.paging import Page, PageQuery
 from services.web.problems import field_problem
 
@@ -54,8 +54,8 @@ class ProductBody(Struct, frozen=True):
     description: str
     category: str
     is_active: bool
-    created_at: str
-    updated_at: str
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 class StockBody(Struct, frozen=True):

@@ -11,7 +11,7 @@ import kvstore
 from services.orders.records import encode
 from services.web.answers import json_response
 from services.web.endpoints import Access, Call, get, post
-from services.web.ids import timestamp
+from services.web.ids import Timestamp, timestamp
 from services.web.paging import Page, PageQuery, page_of
 from services.web.problems import Problem
 from services.work.steps import PARKED, ParkedStep, decode_parked, unpark
@@ -28,8 +28,8 @@ class ParkedStepBody(Struct, frozen=True):
     code: str
     detail: str
     attempts: int
-    created_at: str
-    parked_at: str
+    created_at: Timestamp
+    parked_at: Timestamp
     arguments: dict[str, Any]
 
 

@@ -21,7 +21,7 @@ from services.orders.records import (
     encode,
 )
 from services.orders.states import OrderState, PaymentState, RefundState, ReturnState, ShipmentState
-from services.web.ids import timestamp
+from services.web.ids import Timestamp, timestamp
 
 
 class PaymentStatus(StrEnum):
@@ -75,8 +75,8 @@ class OrderBody(Struct, frozen=True):
     authorised: int
     captured: int
     refunded: int
-    created_at: str
-    expires_at: str | None
+    created_at: Timestamp
+    expires_at: Timestamp | None
     cancel_reason: str | None
     cart_id: int | None
 
@@ -109,8 +109,8 @@ class PaymentBody(Struct, frozen=True):
     refunded: int
     action_url: str | None
     failure: str | None
-    created_at: str
-    updated_at: str
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 class RefundBody(Struct, frozen=True):
@@ -123,8 +123,8 @@ class RefundBody(Struct, frozen=True):
     payment: int
     return_number: int | None
     failure: str | None
-    created_at: str
-    updated_at: str
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 class QuantityBody(Struct, frozen=True):
@@ -139,8 +139,8 @@ class ShipmentBody(Struct, frozen=True):
     lines: tuple[QuantityBody, ...]
     carrier: str
     tracking: str
-    created_at: str
-    updated_at: str
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 class ReturnBody(Struct, frozen=True):
@@ -154,8 +154,8 @@ class ReturnBody(Struct, frozen=True):
     note: str | None
     restocked: tuple[QuantityBody, ...]
     refund: int | None
-    created_at: str
-    updated_at: str
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 class EventBody(Struct, frozen=True):
@@ -163,7 +163,7 @@ class EventBody(Struct, frozen=True):
 
     seq: int
     type: str
-    at: str
+    at: Timestamp
     data: dict[str, Any]
 
 

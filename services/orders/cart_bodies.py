@@ -13,7 +13,7 @@ from msgspec import Struct
 import kvstore
 from services.orders.carts import Cart, CartLine, CartState
 from services.orders.records import TOTAL_MAX, Product, decode_product, on_hand_key, product_key
-from services.web.ids import timestamp
+from services.web.ids import Timestamp, timestamp
 
 
 class LineProblem(StrEnum):
@@ -52,8 +52,8 @@ class CartBody(Struct, frozen=True):
     total: int | None
     can_be_ordered: bool
     order_id: int | None
-    created_at: str
-    updated_at: str
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 class CartItemBody(Struct, frozen=True):
@@ -65,8 +65,8 @@ class CartItemBody(Struct, frozen=True):
     currency: str | None
     line_count: int
     order_id: int | None
-    created_at: str
-    updated_at: str
+    created_at: Timestamp
+    updated_at: Timestamp
 
 
 def cart_item(cart: Cart) -> CartItemBody:

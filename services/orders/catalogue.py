@@ -34,7 +34,7 @@ from services.orders.records import (
 )
 from services.web.answers import json_response
 from services.web.idempotency import Idempotency, refuse_and_store
-from services.web.ids import Ids, now_ms, timestamp
+from services.web.ids import Ids, Timestamp, now_ms, timestamp
 from services.web.paging import Page, PageQuery, page_of
 from services.web.problems import Problem, field_problem
 
@@ -62,7 +62,7 @@ class AdjustmentBody(Struct, frozen=True):
     delta: int
     reason: str
     user_id: int
-    created_at: str
+    created_at: Timestamp
 
 
 class StockLevel(Struct, frozen=True):

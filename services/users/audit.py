@@ -22,7 +22,7 @@ import kvstore
 from services.users.records import AUDIT, AuditEntry, activity_key, activity_of, audit_key, decode_entry, encode
 from services.web.answers import REQUEST_ID
 from services.web.clients import client_address, user_agent
-from services.web.ids import timestamp
+from services.web.ids import Timestamp, timestamp
 from services.web.leases import SharedLease
 from services.web.paging import Page, PageQuery, page_of
 
@@ -76,7 +76,7 @@ class AuditEntryBody(Struct, frozen=True):
     """`actor` or `subject` null: nobody who signed in, no account that exists."""
 
     id: str
-    at: str
+    at: Timestamp
     action: str
     actor: int | None
     subject: int | None
@@ -89,7 +89,7 @@ class AuditEntryBody(Struct, frozen=True):
 class ActivityBody(Struct, frozen=True):
     """What happened to one's account. Where someone else did it (staff), from where is their own business."""
 
-    at: str
+    at: Timestamp
     action: str
     by_me: bool
     address: str

@@ -11,7 +11,7 @@ from services.users.passwords import PASSWORD_CHARS_MAX, PASSWORD_CHARS_MIN
 from services.users.records import User
 from services.users.sessions import REFRESH_TOKEN_CHARS_MAX
 from services.web.bodies import Name, RequestBody, Text
-from services.web.ids import timestamp
+from services.web.ids import Timestamp, timestamp
 from services.web.tokens import Role
 
 # `normalise_email` decides; the document says what comes closest.
@@ -110,7 +110,7 @@ class AccountBody(Struct, frozen=True):
     name: str
     age: int
     role: Role
-    created_at: str
+    created_at: Timestamp
 
 
 class UserBody(Struct, frozen=True):
@@ -125,7 +125,7 @@ class AccountForStaffBody(Struct, frozen=True):
     name: str
     age: int
     role: Role
-    created_at: str
+    created_at: Timestamp
     is_blocked: bool
     blocked_reason: str
 
@@ -144,9 +144,9 @@ class SessionBody(Struct, frozen=True):
 
 class SessionItem(Struct, frozen=True):
     id: str
-    created_at: str
-    last_used_at: str
-    expires_at: str
+    created_at: Timestamp
+    last_used_at: Timestamp
+    expires_at: Timestamp
     address: str
     user_agent: str
     is_current: bool
@@ -174,8 +174,8 @@ class ErasureBody(Struct, frozen=True):
     """By `free_by` history, log and backups hold nothing of the account any more."""
 
     id: int
-    erased_at: str
-    free_by: str
+    erased_at: Timestamp
+    free_by: Timestamp
 
 
 def account_body(user: User) -> AccountBody:

@@ -49,7 +49,7 @@ from services.users.records import (
 )
 from services.users.sessions import Sessions
 from services.users.throttle import Count, counts_of
-from services.web.ids import timestamp
+from services.web.ids import Timestamp, timestamp
 from services.web.problems import Problem
 from services.web.tokens import TOKEN_GONE_AFTER_S, Role
 from services.work import steps
@@ -80,9 +80,9 @@ class Retention(Struct, frozen=True, kw_only=True):
 
 class SessionExport(Struct, frozen=True):
     id: str
-    created_at: str
-    last_used_at: str
-    expires_at: str
+    created_at: Timestamp
+    last_used_at: Timestamp
+    expires_at: Timestamp
     address: str
     user_agent: str
 
@@ -90,8 +90,8 @@ class SessionExport(Struct, frozen=True):
 class MailedExport(Struct, frozen=True):
     purpose: str
     email: str
-    created_at: str
-    expires_at: str
+    created_at: Timestamp
+    expires_at: Timestamp
 
 
 class AttemptsExport(Struct, frozen=True):
@@ -101,8 +101,8 @@ class AttemptsExport(Struct, frozen=True):
     rule: str
     address: str
     level: float
-    last_at: str
-    next_at: str
+    last_at: Timestamp
+    next_at: Timestamp
 
 
 class AccountExport(Struct, frozen=True):
@@ -111,8 +111,8 @@ class AccountExport(Struct, frozen=True):
     name: str
     age: int
     role: Role
-    created_at: str
-    password_changed_at: str
+    created_at: Timestamp
+    password_changed_at: Timestamp
     is_blocked: bool
     blocked_reason: str
 
@@ -121,7 +121,7 @@ class ExportBody(Struct, frozen=True):
     """`activity_is_complete` is false where there is more at `/v1/users/me/activity`. Of secrets (the password, tokens)
     only hashes are held; they are left out."""
 
-    exported_at: str
+    exported_at: Timestamp
     account: AccountExport
     addresses: list[AddressBody]
     sessions: list[SessionExport]

@@ -13,7 +13,7 @@ from services.users.audit import Action, AuditLog, Origin
 from services.users.credentials import read_user
 from services.users.records import Address, address_key, addresses_of, decode_address, encode
 from services.web.addresses import AddressInput, check_country
-from services.web.ids import Ids, timestamp
+from services.web.ids import Ids, Timestamp, timestamp
 from services.web.paging import Page, PageQuery, page_of
 from services.web.problems import Problem
 
@@ -30,7 +30,7 @@ class AddressBody(Struct, frozen=True):
     region: str
     country: str
     phone: str
-    created_at: str
+    created_at: Timestamp
 
 
 class StoredAddress(Struct, frozen=True):

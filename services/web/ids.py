@@ -21,6 +21,8 @@ from msgspec import Meta
 
 ID_MAX: Final = 2**53 - 1
 Id = Annotated[int, Meta(ge=1, le=ID_MAX)]
+# What `timestamp` gives, for the document.
+Timestamp = Annotated[str, Meta(examples=["2026-01-31T12:34:56.789Z"], extra_json_schema={"format": "date-time"})]
 _EPOCH_MS: Final = 1_735_689_600_000  # 2025-01-01T00:00:00Z
 _CHANCE_BITS: Final = 12
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
