@@ -172,7 +172,8 @@ def _parameters(declared: Endpoint, schemas: _Schemas) -> list[dict[str, Any]]:
                 "name": "Idempotency-Key",
                 "in": "header",
                 "required": True,
-                "description": "A new random value for each new request; the same one when it is sent again.",
+                "description": "A new random value for each new request (by hand: make one up); the same one when it "
+                "is sent again.",
                 "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]{1,255}$"},
             }
         )
