@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvloop
 
+from services.audit.command import print_report
 from tests.fuzz.campaign import ALL_PHASES, Effort, Outcome, endpoints_by_luck, fuzz_all
 from tests.fuzz.shops import SERVICES, WHO, FuzzedShop
 
@@ -54,8 +55,11 @@ async def run(arguments: argparse.Namespace) -> int:
             for what, endpoints in (("asked", never_asked), ("answered with success", never_good)):
                 if endpoints:
                     print(f"  never {what}: {', '.join(endpoints)}")
+        report = await shop.audited()
+        print_report(report)
     shutil.rmtree(out / "store")
-    failed = [f"{one.service} as {one.who}" for one in outcomes if not one.is_good]
+    failed = [] if report.is_clean else ["the audit"]
+    failed += [f"{one.service} as {one.who}" for one in outcomes if not one.is_good]
     print(f"failures: {', '.join(failed)}; the reports are in {out}" if failed else "no failure")
     return 1 if failed else 0
 

@@ -18,6 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 
 import kvstore
+from services.audit.run import Report, audit
 from services.orders.app import Settings as OrdersSettings
 from services.orders.app import create_app as create_orders
 from services.orders.steps import OrderSteps
@@ -76,6 +77,8 @@ class FuzzedShop:
             orders = OrdersSettings(provider=open_provider)
             await self._serve(stack, "orders", create_orders(store, settings=orders), port)
             session = await stack.enter_async_context(aiohttp.ClientSession())
+            self._store = store
+            self._provider = SandboxProvider(session, str(psp.make_url("")), API_KEY, [WEBHOOK_SECRET], timeout_s=10.0)
             working = asyncio.create_task(Worker(store, OrderSteps(store, open_provider(session)).handlers).run())
             stack.push_async_callback(_stop, working)
             await self._open_accounts(store)
@@ -104,6 +107,10 @@ class FuzzedShop:
         async with aiohttp.ClientSession() as session, session.get(f"{self.url(service)}/metrics") as answer:
             found = _COUNTED.findall(await answer.text())
         return Counter({(method, path, int(status)): int(count) for method, path, status, count in found})
+
+    async def audited(self) -> Report:
+        """What the auditor says of the store and the provider's books."""
+        return await audit(self._store, self._provider)
 
     # --- what there is before anything is fuzzed ----------------------------------------------------------------------
 
