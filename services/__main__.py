@@ -296,6 +296,36 @@ def demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: b
     sys.exit(asyncio.run(run_demo(endpoints, users_url, orders_url, data_dir, stay, as_json)))
 
 
+@main.command()
+@endpoints_option
+@click.option("--users-url", "users_urls", multiple=True, default=["http://127.0.0.1:8001"], show_default=True)
+@click.option(
+    "--orders-url", "orders_urls", multiple=True, default=["http://127.0.0.1:8002"], show_default=True,
+    help="Several, if there are several processes: each request goes to any of them.",
+)  # fmt: skip
+@click.option("--shoppers", type=click.IntRange(1, 2000), default=50, show_default=True, help="At once.")
+@click.option("--minutes", type=click.FloatRange(0.01, 24 * 60), default=1.0, show_default=True)
+@click.option(
+    "--rate", type=click.FloatRange(0, 10_000), default=0.0, show_default="as fast as they can",
+    help="Visits that begin in a second.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=1, show_default=True, help="Decides who does what.")
+@click.option("--accounts", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Shared by all.")
+@click.option("--hot-products", type=click.IntRange(1, 99), default=20, show_default=True, help="What they want.")
+@click.option("--stock", type=click.IntRange(0, 1_000_000), default=30, show_default=True, help="Of each, at first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object, nothing else.")
+def shoppers(endpoints: str, as_json: bool, **options: Any) -> None:
+    """Simulate customers and staff against running services, and report what happened.
+
+    It makes accounts, products and orders: point it at nothing that is in earnest. Every answer is judged, and
+    everything that was acknowledged is read back at the end.
+    """
+    from services.shoppers.command import run_shoppers
+    from services.shoppers.simulation import Options
+
+    sys.exit(_run(run_shoppers(endpoints, Options(**options), as_json)))
+
+
 def _provider(name: str | None, sandbox_url: str) -> Any:
     from services.payments.loading import CannotLoadProvider, load_provider
 

@@ -98,7 +98,7 @@ class EventFeed:
         async with self._store.watch(prefix=events_of(order_id), from_revision=revision, deletes=False) as events:
             following = asyncio.ensure_future(anext(events))
             try:
-                while not state.stopping and loop.time() < ends_at_s:
+                while not (state.stopping or _has_left(request)) and loop.time() < ends_at_s:
                     done, _ = await asyncio.wait((following,), timeout=LOOK_S)
                     if not done:
                         silent_s += LOOK_S
@@ -116,6 +116,11 @@ class EventFeed:
                         await _write(response, _frame(event))
             finally:
                 following.cancel()
+
+
+def _has_left(request: web.Request) -> bool:
+    """Whether the client is gone: else a stream would stay until its next heartbeat."""
+    return request.transport is None or request.transport.is_closing()
 
 
 async def _write(response: web.StreamResponse, data: bytes) -> None:
