@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
-.PHONY: help run test lint sim mutants chaos fuzz upgrade watches scale join bench bench-micro bench-deps clean
+.PHONY: help run test lint sim mutants chaos chaos-shop fuzz upgrade watches scale join bench bench-micro bench-deps clean
 
 help:
 	@echo "make run         start three store nodes and the services; order, lose the leader, order again; pay, ship, return"
@@ -14,6 +14,7 @@ help:
 	@echo "make sim         simulated clusters under faults: SEEDS=1000 is a campaign, SEED=123 replays one and tells its story"
 	@echo "make mutants     take the protections out one by one: which seed notices? Writes the table in docs/testing.md"
 	@echo "make chaos       faults on real nodes under load, and a report with a plot (MINUTES=20 SEED=1 choose how long and which)"
+	@echo "make chaos-shop  shoppers, kills of every kind of process, a provider that fails; then the auditor (MINUTES=10 SEED=1)"
 	@echo "make fuzz        both services from their own OpenAPI documents, as every kind of caller (MINUTES=20 SEED=1)"
 	@echo "make upgrade     a rolling upgrade under load from an earlier commit (FROM=HEAD~1 chooses which)"
 	@echo "make watches     10,000 watches on 100 connections under 2,000 writes/s: complete, in order, within bounds"
@@ -97,6 +98,13 @@ fuzz: $(VENV)/installed-to-test
 
 # A rolling upgrade under load from another commit, whose nodes run from its own source.
 FROM ?= HEAD~1
+# CHAOS_SHOP='--shoppers 50' adds options.
+chaos-shop: MINUTES = 10
+CHAOS_SHOP_ALL = --minutes $(MINUTES) --seed $(or $(SEED),1) --out build/chaos-shop $(CHAOS_SHOP)
+chaos-shop: $(VENV)/installed-to-test
+	@echo "python -m tests.chaos_shop $(CHAOS_SHOP_ALL)"
+	@$(BIN)/python -m tests.chaos_shop $(CHAOS_SHOP_ALL)
+
 upgrade: $(VENV)/installed-to-test
 	@echo "From $(FROM) to this, one node after the other"
 	@rm -rf build/previous && mkdir -p build/previous && git archive $(FROM) kvstore | tar -x -C build/previous

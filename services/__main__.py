@@ -286,14 +286,19 @@ def seed(endpoints: str, products: int, users: int, seed: int, password: str, as
 @endpoints_option
 @click.option("--users-url", default="http://127.0.0.1:8001", show_default=True)
 @click.option("--orders-url", default="http://127.0.0.1:8002", show_default=True)
+@click.option(
+    "--psp-url", default="http://127.0.0.1:8003", show_default=True, help="The sandbox provider, for its books."
+)
 @click.option("--data-dir", default="data", show_default=True, help="Where `kvstore dev` keeps cluster.json.")
 @click.option("--stay", is_flag=True, help="Keep running after the walk, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object, nothing else.")
-def demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: bool, as_json: bool) -> None:
+def demo(
+    endpoints: str, users_url: str, orders_url: str, psp_url: str, data_dir: str, stay: bool, as_json: bool
+) -> None:
     """Walk through the whole against a running set: order, kill the leader, order again; pay, ship, refund, return."""
     from services.demo.walk import run_demo
 
-    sys.exit(asyncio.run(run_demo(endpoints, users_url, orders_url, data_dir, stay, as_json)))
+    sys.exit(asyncio.run(run_demo(endpoints, users_url, orders_url, psp_url, data_dir, stay, as_json)))
 
 
 @main.command()

@@ -1,5 +1,5 @@
 """The walk: register, sign in, stock a product, order; kill the leader; read the order, order again; see the node back;
-then an order's whole life (`order_life.py`).
+then an order's whole life (`order_life.py`), and at the end the auditor, over the whole store.
 
 It runs against what `make run` starts, leaves nothing behind that a second walk on the same data would stumble over
 (each has its own customer; the staff account gets a new random password each time), and every wait has an end.
@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 import aiohttp
+import msgspec
 
 import kvstore
 from services.demo.cluster import CannotWalk, DevCluster, LocalCluster
@@ -36,12 +38,14 @@ PRICE: Final = 1250
 T = TypeVar("T")
 
 
-async def run_demo(endpoints: str, users_url: str, orders_url: str, data_dir: str, stay: bool, as_json: bool) -> int:
+async def run_demo(
+    endpoints: str, users_url: str, orders_url: str, psp_url: str, data_dir: str, stay: bool, as_json: bool
+) -> int:
     """The process's exit code: 0 if the walk passed."""
     report = Report(as_json)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    walk = asyncio.ensure_future(_walk(report, endpoints, users_url, orders_url, data_dir))
+    walk = asyncio.ensure_future(_walk(report, endpoints, users_url, orders_url, psp_url, data_dir))
 
     def on_signal() -> None:
         stop.set()
@@ -66,11 +70,11 @@ async def run_demo(endpoints: str, users_url: str, orders_url: str, data_dir: st
     return 0
 
 
-async def _walk(report: Report, endpoints: str, users_url: str, orders_url: str, data_dir: str) -> None:
+async def _walk(report: Report, endpoints: str, users_url: str, orders_url: str, psp_url: str, data_dir: str) -> None:
     async with kvstore.connect(endpoints) as store, aiohttp.ClientSession() as session:
         shopper = Shopper(session, users_url, orders_url)
         cluster = LocalCluster(store, data_dir)
-        await _Walk(report, store, shopper, cluster).run(users_url, orders_url)
+        await _Walk(report, store, shopper, cluster).run(endpoints, users_url, orders_url, psp_url)
 
 
 class _Walk:
@@ -80,7 +84,7 @@ class _Walk:
         self._shopper = shopper
         self._cluster = cluster
 
-    async def run(self, users_url: str, orders_url: str) -> None:
+    async def run(self, endpoints: str, users_url: str, orders_url: str, psp_url: str) -> None:
         report, shopper = self._report, self._shopper
         with report.step("wait for store and services") as step:
             whole = await self._until("not ready", self._ready, _READY_WITHIN_S)
@@ -122,6 +126,8 @@ class _Walk:
                 raise CannotWalk(f"{SKU} has {now} on hand and reserved, not {(on_hand - 3, reserved + 3)}")
             step.detail = f"{now[0]} on hand, {now[1]} reserved: two orders, three cups"
         await OrderLife(report, shopper, token, staff, SKU, PRICE).run()
+        with report.step("audit the whole store") as step:
+            step.detail = await _audit(endpoints, psp_url)
         self._tell_how_to_go_on(users_url, orders_url, email, password, first["id"])
 
     async def _lose_the_leader(self, token: str, first: dict[str, object]) -> None:
@@ -206,6 +212,25 @@ class _Walk:
         ):
             self._report.plain(line)
         say()
+
+
+async def _audit(endpoints: str, psp_url: str) -> str:
+    """What was checked, in a line. Raises `CannotWalk` for a violation."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services", "audit", "--endpoints", endpoints, "--psp-url", psp_url, "--json",
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        out, err = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        raise CannotWalk(f"`python -m services audit` ended with {process.returncode}: {(out or err).decode()[:2000]}")
+    found = msgspec.json.decode(out)
+    checked = found["checked"]
+    return f"{found['checks']} checks, {checked['orders']} orders, the provider's books: no violation"
 
 
 def _times(attempts: int) -> str:

@@ -63,7 +63,7 @@ class Simulation:
         self.visitors = 0
         """How many are in the shop now."""
         self._session = session
-        self._skus = tuple(f"hot-{number:02}" for number in range(1, options.hot_products + 1))
+        self.skus = tuple(f"hot-{number:02}" for number in range(1, options.hot_products + 1))
         self._desk = ReturnsDesk()
         self._next_visit_at = 0.0
         self._ends_at = 0.0
@@ -71,9 +71,9 @@ class Simulation:
             self._account(number, f"shopper-{number}@example.com", f"shopper {number} buys things")
             for number in range(options.accounts)
         ]
-        self._staff_account = self._account(options.accounts, credentials.email, credentials.password)
+        self.staff_account = self._account(options.accounts, credentials.email, credentials.password)
         chance = Random(f"{options.seed} staff")
-        self._staff = Staff(self._staff_account, self._skus, self.ledger, self.tally, self._desk, chance)
+        self._staff = Staff(self.staff_account, self.skus, self.ledger, self.tally, self._desk, chance)
 
     @classmethod
     @asynccontextmanager
@@ -87,7 +87,7 @@ class Simulation:
 
     async def prepare(self) -> None:
         """Accounts and products. Raises `GaveUp` and `Broken` if the services do not do what they must."""
-        await self._staff_account.sign_in()
+        await self.staff_account.sign_in()
         await open_accounts(self.accounts)
         await self._staff.open_shop(self.options.stock)
 
@@ -133,7 +133,7 @@ class Simulation:
     async def _shopper(self, number: int) -> None:
         chance = Random(f"{self.options.seed} shopper {number}")
         account = self.accounts[number % len(self.accounts)]
-        habits = Habits(skus=self._skus, think_s=self.options.think_s, patience_s=self.options.patience_s)
+        habits = Habits(skus=self.skus, think_s=self.options.think_s, patience_s=self.options.patience_s)
         orders = self._wire(self.options.orders_urls, chance)
         await asyncio.sleep(chance.uniform(0.0, self.options.think_s))
         while await self._turn():

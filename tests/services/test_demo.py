@@ -61,10 +61,10 @@ async def dev_cluster(path: Path, base_port: int) -> AsyncIterator[str]:
             await process.wait()
 
 
-async def walk(path: Path, endpoints: str, users: str, orders: str) -> dict[str, object]:
+async def walk(path: Path, endpoints: str, users: str, orders: str, psp: str) -> dict[str, object]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services", "demo", "--json", "--endpoints", endpoints, "--users-url", users,
-        "--orders-url", orders, "--data-dir", str(path / "data"),
+        "--orders-url", orders, "--psp-url", psp, "--data-dir", str(path / "data"),
         cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, err = await process.communicate()
@@ -94,7 +94,7 @@ async def test_the_walk_passes_twice_on_the_same_data(tmp_path: Path) -> None:
             ServiceProcess("orders", endpoints, tmp_path, "--psp-url", psp.url, port=orders_port) as orders,
             WorkerProcess(endpoints, tmp_path, "--psp-url", psp.url) as worker,
         ):
-            figures = await walk(tmp_path, endpoints, users.url, orders.url)
+            figures = await walk(tmp_path, endpoints, users.url, orders.url, psp.url)
             assert figures["passed"] is True
             killed.append(figures["killed"])
             assert figures["new_leader"] != figures["killed"]
@@ -102,7 +102,7 @@ async def test_the_walk_passes_twice_on_the_same_data(tmp_path: Path) -> None:
             assert float(str(figures["kill_to_back_ms"])) > 1000
             steps = figures["steps"]
             assert isinstance(steps, list)
-            assert len(steps) == 20
+            assert len(steps) == 21
             for process in (worker, orders, psp, users):
                 assert await process.stop() == 0
     assert all(killed)
