@@ -244,12 +244,12 @@ class Campaign:
         webhook is delivered. What is due later, as that an order expires, may stay. Raises Violation."""
 
         async def is_quiet() -> bool:
-            return not await _under_way(store) and await provider.look() == 0
+            return not await under_way(store) and await provider.look() == 0
 
         try:
             await until(is_quiet, QUIET_WITHIN_S, "nothing is under way", poll_s=0.25)
         except AssertionError as error:
-            steps = (await _under_way(store))[:_STORIES_MAX]
+            steps = (await under_way(store))[:_STORIES_MAX]
             raise Violation("steps are still due", f"{error}: {steps}") from None
 
     async def _more_orders(self, simulation: Simulation) -> int:
@@ -351,7 +351,7 @@ class Campaign:
         ]
 
 
-async def _under_way(store: kvstore.Client) -> list[str]:
+async def under_way(store: kvstore.Client) -> list[str]:
     """What workers have still to do now, or try again, or are at."""
     now = now_ms()
     found = []

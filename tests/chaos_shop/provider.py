@@ -30,7 +30,7 @@ RATES: dict[str, float] = {
 class ProviderControl:
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
-        self._url = url
+        self.url = url
         self._before: Counter[str] = Counter()
         self._latest: dict[str, int] = {}
 
@@ -69,7 +69,7 @@ class ProviderControl:
     async def paid_twice(self) -> list[str]:
         """Orders for which money was taken by more than one charge; in the provider's own books, whatever our store
         says. Raises `ProviderUnknown`."""
-        provider = open_sandbox(self._session, self._url)
+        provider = open_sandbox(self._session, self.url)
         assert isinstance(provider, SandboxProvider)
         taken: Counter[str] = Counter()
         after = ""
@@ -81,7 +81,7 @@ class ProviderControl:
     async def _ask(self, method: str, path: str, body: Any = None) -> Any:
         headers = {"Authorization": f"Bearer {API_KEY}"}
         async with self._session.request(
-            method, self._url + path, json=body, headers=headers, timeout=_TIMEOUT
+            method, self.url + path, json=body, headers=headers, timeout=_TIMEOUT
         ) as answer:
             answer.raise_for_status()
             return await answer.json()
