@@ -20,7 +20,7 @@ help:
 	@echo "make watches     10,000 watches on 100 connections under 2,000 writes/s: complete, in order, within bounds"
 	@echo "make scale       5,000,000 records: memory of a node, rates beside those of 10,000, and how soon a killed node is back"
 	@echo "make join        a node joins three that hold 1 GB, under half of the load that they take: how long, and who notices"
-	@echo "make bench       the core benchmark beside its peers (BENCH='core --quick' chooses which)"
+	@echo "make bench       the core benchmark beside its peers (BENCH='core --quick' or 'http --quick' chooses)"
 	@echo "make bench-micro what the hot functions cost, one by one"
 	@echo "make bench-deps  install those peers: etcd, PostgreSQL, Redis, wrk (Debian packages; asks for root)"
 	@echo "make clean       remove .venv, caches and ./data"
