@@ -30,7 +30,7 @@ class Effort:
     examples: int
     phases: dict[str, str]
     seconds: int = 0
-    time_limit_s: float = 120.0
+    time_limit_s: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
