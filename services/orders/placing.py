@@ -84,6 +84,7 @@ class Placement(RequestBody, frozen=True):
     schema_adds: ClassVar[dict[str, Any]] = {
         "oneOf": [{"required": ["lines"]}, {"required": ["cart_id"]}],
         "dependentRequired": {"cart_version": ["cart_id"]},
+        "examples": [{"lines": [{"sku": "mug-blue", "quantity": 1}]}],
     }
 
     lines: Annotated[tuple[LineBody, ...], Meta(min_length=1, max_length=LINES_MAX)] | UnsetType = UNSET

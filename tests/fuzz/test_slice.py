@@ -25,4 +25,4 @@ async def test_no_answer_breaks_the_document(tmp_path: Path) -> None:
             assert not never_asked
         report = await shop.audited()
         assert report.is_clean, report.violations
-        assert report.checked["orders"] > 10
+        assert report.checked["orders"] > 12  # those there were before, and some that were placed by fuzzing
