@@ -29,14 +29,14 @@ def cancel_lines(draft: Draft, quantities: tuple[Quantity, ...], reason: str) ->
     back. Raises `Problem`: `order_state`, `not_in_order`, `invalid_body`."""
     if draft.order.state is not OrderState.CONFIRMED:
         raise Problem("order_state", f"Lines of an order that is {draft.order.state} cannot be cancelled")
+    overpaid_before = paying.overpaid(draft.order)
     for line, quantity in checked(draft, quantities, lambda line: line.open, "are still to be shipped"):
         draft.give_back_stock(line.sku, quantity)
         draft.set_line(msgspec.structs.replace(line, cancelled=line.cancelled + quantity))
     if all(line.cancelled == line.quantity for line in draft.order.lines):
         raise Problem("order_state", "That is all of the order: cancel the order instead")
     draft.tell("order.lines_cancelled", lines=[msgspec.to_builtins(one) for one in quantities], reason=reason)
-    order = draft.order
-    excess = order.captured - order.refunded - order.owed
+    excess = paying.to_give_back(draft.order, overpaid_before)
     if excess > 0:
         paying.refund(draft, excess, paying.REASON_CANCELLED)
     settle(draft)

@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from services.orders.draft import PAYMENT_STEP, REFUND_STEP, Draft, payment_subject, settle
-from services.orders.records import CaptureMode, Payment, Refund, StockHeld
+from services.orders.records import CaptureMode, Order, Payment, Refund, StockHeld
 from services.orders.states import (
     IN_FLIGHT,
     PAYMENT,
@@ -96,6 +96,14 @@ def capture(draft: Draft, attempt: int, amount: int | None = None) -> Payment:
 def refund(draft: Draft, amount: int | None, reason: str, return_number: int = 0) -> Refund:
     """Give back what was taken, or part of it; of the newest payment that has so much. Raises `Problem`:
     `order_state`, `amount_too_large`, `too_many_refunds`."""
+    if draft.order.refunds >= REFUNDS_MAX:
+        raise Problem("too_many_refunds", f"{REFUNDS_MAX} refunds were made of this order")
+    return _give_back(draft, amount, reason, return_number)
+
+
+def _give_back(draft: Draft, amount: int | None, reason: str, return_number: int = 0) -> Refund:
+    """Without a limit: what follows from an answer of the provider, or from a cancellation, cannot be refused. There is
+    one for each capture at most, and one for the cancellation."""
     order = draft.order
     rests = {payment.attempt: payment.captured - payment.refunded for payment in draft.payments.values()}
     attempt = max((attempt for attempt, rest in rests.items() if rest >= (amount or 1)), default=0)
@@ -104,8 +112,6 @@ def refund(draft: Draft, amount: int | None, reason: str, return_number: int = 0
             raise Problem("order_state", "Nothing was captured for this order")
         raise _too_large(f"At most {max(rests.values())} {order.currency} may be refunded")
     amount = rests[attempt] if amount is None else amount
-    if order.refunds >= REFUNDS_MAX:
-        raise Problem("too_many_refunds", f"{REFUNDS_MAX} refunds were made of this order")
     payment = draft.payments[attempt]
     number = order.refunds + 1
     draft.set(refunds=number, refunded=order.refunded + amount, refunds_pending=order.refunds_pending + amount)
@@ -128,6 +134,17 @@ def refund(draft: Draft, amount: int | None, reason: str, return_number: int = 0
     )
 
 
+def overpaid(order: Order) -> int:
+    """What was taken beyond what the goods cost that were not cancelled, whatever was given back of it."""
+    return max(0, order.captured - order.owed)
+
+
+def to_give_back(order: Order, overpaid_before: int) -> int:
+    """What has to go back since an order was overpaid by so much before: the difference, and not what was given back
+    for other reasons (goods that came back, a gift)."""
+    return min(overpaid(order) - overpaid_before, order.captured - order.refunded)
+
+
 def withdraw(draft: Draft, payment: Payment) -> None:
     """The payment is not wanted any more: end it, or have what comes of it given back."""
     if payment.state is PaymentState.CREATED:
@@ -140,7 +157,7 @@ def withdraw(draft: Draft, payment: Payment) -> None:
     elif payment.state in IN_FLIGHT:
         draft.set_payment(msgspec.structs.replace(payment, is_unwanted=True))
     elif payment.captured > payment.refunded:
-        refund(draft, payment.captured - payment.refunded, REASON_CANCELLED)
+        _give_back(draft, payment.captured - payment.refunded, REASON_CANCELLED)
 
 
 # --- what became of it ------------------------------------------------------------------------------------------------
@@ -202,6 +219,7 @@ def captured(draft: Draft, attempt: int, charge: Charge) -> None:
     """The money is ours. Where the order has ended meanwhile, it goes back."""
     payment = payment_of(draft, attempt)
     is_all = charge.captured >= payment.authorised
+    overpaid_before = overpaid(draft.order)
     state = PAYMENT.next(payment.state, PaymentEvent.TAKE_ALL if is_all else PaymentEvent.TAKE_PART)
     draft.set(captured=draft.order.captured + charge.captured - payment.captured)
     payment = draft.set_payment(msgspec.structs.replace(payment, state=state, captured=charge.captured))
@@ -210,9 +228,9 @@ def captured(draft: Draft, attempt: int, charge: Charge) -> None:
             draft.want_attention(LATE_CAPTURE)
         withdraw(draft, payment)
     else:
-        excess = draft.order.captured - draft.order.refunded - draft.order.owed
+        excess = to_give_back(draft.order, overpaid_before)
         if excess > 0:  # lines were cancelled while it was being taken
-            refund(draft, excess, REASON_CANCELLED)
+            _give_back(draft, excess, REASON_CANCELLED)
     settle(draft)
 
 
