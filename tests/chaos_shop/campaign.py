@@ -126,7 +126,7 @@ class Campaign:
                     await self._end(shop, simulation, provider)
             except Violation as violation:
                 self.violations.append(violation)
-            except (GaveUp, Broken, ExceptionGroup) as error:
+            except (Refused, GaveUp, Broken, ExceptionGroup) as error:
                 self.violations.append(Violation("the services do not answer as they must", _story(error)))
             self.figures.lasted_s = self.now()
             self.figures.kills = dict(self.kills)

@@ -133,18 +133,17 @@ class WorkerProcess(Process):
 
     def __init__(self, endpoints: str, path: Path, *arguments: str, name: str = "worker") -> None:
         super().__init__(path / f"{name}.log", "worker", "--endpoints", endpoints, *arguments)
-        self._lines_before = 0
+        self._log_from = 0
 
     def start(self) -> None:
-        self._lines_before = self._said()
+        self._log_from = self.log_path.stat().st_size if self.log_path.exists() else 0
         super().start()
 
     async def ready(self) -> None:
         async def says_so() -> bool:
             assert self.running, "the worker has ended"
-            return self._said() > self._lines_before
+            with self.log_path.open("rb") as log:  # that of a long life is long
+                log.seek(self._log_from)
+                return b'"working"' in log.read()
 
         await until(says_so, READY_S, "the worker to begin")
-
-    def _said(self) -> int:
-        return self.log().count("working") if self.log_path.exists() else 0
