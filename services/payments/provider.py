@@ -15,7 +15,7 @@ Rules for callers
 still be on its way. Whoever has to be certain sends the same request again and goes by its answer (and, if the
 payment is no longer wanted, voids it then).
 
-Money is an integer of minor units (cents) and a currency. What an adapter must do is in docs/services.md.
+Money is an integer of minor units (cents) and a currency. What an adapter must do is in docs/payments.md.
 """
 
 from __future__ import annotations

@@ -39,10 +39,11 @@ class PaidShop:
         workers: int = 1,
         pay_within_s: float = 600.0,
         webhooks: bool = True,
+        with_users: bool = False,
         **psp_settings: Any,
     ) -> None:
         self._store, self._path, self._workers = store, path, workers
-        self._pay_within_s, self._webhooks = pay_within_s, webhooks
+        self._pay_within_s, self._webhooks, self._with_users = pay_within_s, webhooks, with_users
         self._psp_settings = failures.Settings(**psp_settings)
         self._stack = AsyncExitStack()
 
@@ -55,7 +56,7 @@ class PaidShop:
             await self.psp.start_server()
             stack.push_async_callback(self.psp.close)
             settings = Settings(provider=self.open_provider, pay_within_s=self._pay_within_s)
-            self.shop = Shop(self._store, with_users=False, orders_settings=settings, orders_port=port)
+            self.shop = Shop(self._store, with_users=self._with_users, orders_settings=settings, orders_port=port)
             await stack.enter_async_context(self.shop)
             self.session = await stack.enter_async_context(aiohttp.ClientSession())
             self.provider = self.open_provider(self.session)
