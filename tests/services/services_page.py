@@ -19,6 +19,7 @@ import kvstore
 from services.__main__ import main as commands
 from services.orders.app import create_app as create_orders
 from services.orders.states import MACHINES
+from services.orders.steps import PARK_REASONS
 from services.users.app import create_app as create_users
 from services.web.problems import PROBLEMS
 from tests.cluster.harness import ROOT
@@ -103,6 +104,11 @@ def problems() -> str:
     return "\n".join(lines)
 
 
+def reasons() -> str:
+    lines = ["| code of a parked step | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{code}` | {meaning} |" for code, meaning in PARK_REASONS.items())])
+
+
 def options() -> str:
     """Each option once, with the commands that have it."""
     found: dict[str, tuple[click.Option, list[str]]] = {}
@@ -145,6 +151,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "states": states,
     "endpoints": endpoints,
     "problems": problems,
+    "reasons": reasons,
     "options": options,
 }
 
