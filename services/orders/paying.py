@@ -37,6 +37,7 @@ CAPTURES_MAX: Final = 100
 REASON_CANCELLED: Final = "order_cancelled"
 LATE_CAPTURE: Final = "late_capture"
 REFUND_FAILED: Final = "refund_failed"
+CAPTURE_REFUSED: Final = "capture_refused"
 
 
 # --- what customers and staff ask for ---------------------------------------------------------------------------------
@@ -231,6 +232,19 @@ def captured(draft: Draft, attempt: int, charge: Charge) -> None:
         excess = to_give_back(draft.order, overpaid_before)
         if excess > 0:  # lines were cancelled while it was being taken
             _give_back(draft, excess, REASON_CANCELLED)
+    settle(draft)
+
+
+def capture_refused(draft: Draft, attempt: int) -> None:
+    """The provider does not give what it had authorised: staff have to look, and may try again. Where the order has
+    ended meanwhile, nobody has to."""
+    payment = payment_of(draft, attempt)
+    state = PAYMENT.next(payment.state, PaymentEvent.REFUSE_REST if payment.captured else PaymentEvent.REFUSE)
+    payment = draft.set_payment(msgspec.structs.replace(payment, state=state, capture_amount=0))
+    if draft.order.state is OrderState.CONFIRMED:
+        draft.want_attention(CAPTURE_REFUSED)
+    else:
+        withdraw(draft, payment)
     settle(draft)
 
 

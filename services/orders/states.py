@@ -132,6 +132,8 @@ class PaymentEvent(StrEnum):
     CAPTURE = "be_captured"
     TAKE_PART = "be_taken_in_part"
     TAKE_ALL = "be_taken"
+    REFUSE = "be_refused"
+    REFUSE_REST = "be_refused_the_rest"
     VOID = "be_voided"
     END = "be_given_up"
 
@@ -158,6 +160,8 @@ PAYMENT: Final = StateMachine(
     Transition(_P.PARTIALLY_CAPTURED, _PE.CAPTURE, _P.CAPTURING),
     Transition(_P.CAPTURING, _PE.TAKE_PART, _P.PARTIALLY_CAPTURED),
     Transition(_P.CAPTURING, _PE.TAKE_ALL, _P.CAPTURED, "", "if the order is not confirmed any more: a refund is due"),
+    Transition(_P.CAPTURING, _PE.REFUSE, _P.AUTHORISED, "nothing was captured before", "the order needs attention"),
+    Transition(_P.CAPTURING, _PE.REFUSE_REST, _P.PARTIALLY_CAPTURED, "", "the order needs attention"),
     Transition(_P.REQUIRES_ACTION, _PE.VOID, _P.VOIDING, "the order is cancelled, or expires"),
     Transition(_P.AUTHORISED, _PE.VOID, _P.VOIDING, "the order is not wanted any more"),
     Transition(_P.VOIDING, _PE.END, _P.VOIDED, "", "a cancelling order may be settled"),

@@ -53,7 +53,6 @@ PROVIDER_UNKNOWN: Final = "provider_unknown"
 PROVIDER_BUSY: Final = "provider_busy"
 PROVIDER_PENDING: Final = "provider_pending"
 PAYMENT_MOVED: Final = "payment_moved"
-CAPTURE_REFUSED: Final = "capture_refused"
 VOID_REFUSED: Final = "void_refused"
 PROVIDER_REFUSED: Final = "provider_refused"  # of a payment or refund that failed
 
@@ -63,7 +62,6 @@ PARK_REASONS: Final = {
     PROVIDER_BUSY: "The provider was too busy for hours. Retry when it is not.",
     PROVIDER_PENDING: "The provider has not known for hours how it ends. Ask the provider, then retry.",
     PAYMENT_MOVED: "The payment changed with each attempt. Retry.",
-    CAPTURE_REFUSED: "The provider does not give what it had authorised. Ask the provider, or cancel the order.",
     VOID_REFUSED: "The provider does not give up an authorisation. Ask the provider, then retry.",
     "contended": "Others kept changing the order. Retry.",
     "mailer_failed": "The mailer takes no mail. Retry when it does.",
@@ -199,15 +197,25 @@ class OrderSteps:
         request = Capture(
             key=payment.request_key, amount=payment.capture_amount, currency=payment.currency, charge=payment.charge
         )
-        sending = self._provider.capture(request, traceparent=traceparent() or None)
-        result = await self._certain(sending, CAPTURE_REFUSED, payment.order_id)
-        if not isinstance(result, Succeeded):
-            raise Again(PROVIDER_PENDING)
-        charge = result.charge
+        result: Result | None = None
+        try:
+            result = await self._provider.capture(request, traceparent=traceparent() or None)
+        except ProviderUnknown as error:
+            raise Again(PROVIDER_UNKNOWN) from error
+        except ProviderRefused as refused:
+            if refused.is_retryable:
+                raise Again(PROVIDER_BUSY) from refused
+            log.error("capture refused", key=payment.request_key, code=refused.code, detail=refused.detail)
 
         def decide(draft: Draft) -> None:
             _still(draft, payment)
-            paying.captured(draft, payment.attempt, charge)
+            match result:
+                case Succeeded():
+                    paying.captured(draft, payment.attempt, result.charge)
+                case None | Declined():
+                    paying.capture_refused(draft, payment.attempt)
+                case _:
+                    raise Again(PROVIDER_PENDING)
 
         await self._book.finish(run, payment.order_id, decide)
 
@@ -276,19 +284,6 @@ class OrderSteps:
             log.error("refund refused", key=asked.request_key, code=refused.code, detail=refused.detail)
             return None
         return result
-
-    # --- both ---------------------------------------------------------------------------------------------------------
-
-    async def _certain(self, sending: Awaitable[Result], park_code: str, order_id: int) -> Result:
-        try:
-            return await sending
-        except ProviderUnknown as error:
-            raise Again(PROVIDER_UNKNOWN) from error
-        except ProviderRefused as refused:
-            if refused.is_retryable:
-                raise Again(PROVIDER_BUSY) from refused
-            await self._alarm(order_id, park_code)
-            raise Park(park_code, f"{refused.detail} [{refused.code}]") from refused
 
     async def _alarm(self, order_id: int, code: str) -> None:
         await self._book.apply(order_id, lambda draft: draft.want_attention(code))

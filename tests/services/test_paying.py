@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import kvstore
+from services.payments.provider import Operation, Void, request_key
 from services.sandbox_psp.process import API_KEY
 from services.work import steps
 from services.work.kinds import FORGET_CUSTOMER
@@ -490,3 +491,23 @@ async def test_a_step_that_is_given_up_is_shown_to_staff_who_give_it_back(
         assert await parked() == []
         again = await paid.say(paid.staff, f"/v1/parked-steps/payment/{order['id']}-1/retry")
         await problem(again, 404, "not_found")
+
+
+async def test_a_capture_that_is_refused_needs_attention_and_has_a_way_out(paid: PaidShop) -> None:
+    order = await paid.placed()
+    await paid.paid(order, capture="manual")
+    await paid.becomes(order, state="confirmed", payment_status="authorised")
+    path = f"/v1/orders/{order['id']}"
+    (charge,) = await paid.charges()
+    await paid.provider.void(Void(key=request_key(order["id"], 9, Operation.VOID), charge=charge.id))
+    await paid.did(paid.staff, f"{path}/payments/1/capture", {})
+
+    async def is_refused() -> bool:
+        details = await paid.get(f"{path}/details", paid.staff)
+        return bool(details["needs_attention"] == "capture_refused")
+
+    await until(is_refused, 20.0, "a capture that is refused", poll_s=0.02)
+    assert (await paid.get(f"{path}/payments/1"))["state"] == "authorised"
+    await paid.did(paid.buyer, f"{path}/cancel", {"reason": "no"})
+    await paid.becomes(order, state="cancelled")
+    assert await paid.stock_of("cup") == (10, 0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,10 @@ _PROBE_IDS_FROM = 1 << 40
 class SimulatedConnector:
     """`client.connection.Connector` over the simulated network, for one client host."""
 
-    def __init__(self, world: World, host: str) -> None:
+    def __init__(self, world: World, host: str, opened: Callable[[str, ClientProtocol], None] | None = None) -> None:
         self._world = world
         self._host = host
+        self._opened = opened
         self._network = world.network.host(host)
         self._next_id = itertools.count(_PROBE_IDS_FROM).__next__
         self._open: dict[ClientProtocol, None] = {}
@@ -39,7 +41,8 @@ class SimulatedConnector:
 
         def made(protocol: ClientProtocol) -> None:
             self._open[protocol] = None
-            self._world.nemesis.opened(self._host, protocol)
+            if self._opened is not None:
+                self._opened(self._host, protocol)
             events.on_open(protocol)
 
         def lost(protocol: ClientProtocol, reason: str, code: str) -> None:
@@ -81,7 +84,7 @@ class Worker:
 
     def start(self) -> None:
         self._lives += 1
-        self._connector = SimulatedConnector(self.world, self.host)
+        self._connector = SimulatedConnector(self.world, self.host, self.world.nemesis.opened)
         self.client = self.world.client(self._connector)
         self._task = self.world.loop.create_task(self._work(self.client))
 
