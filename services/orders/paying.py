@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from services.orders.draft import PAYMENT_STEP, REFUND_STEP, Draft, payment_subject, settle
+from services.orders.draft import EXPIRY_STEP, PAYMENT_STEP, REFUND_STEP, Draft, payment_subject, settle
 from services.orders.records import CaptureMode, Order, Payment, Refund, StockHeld
 from services.orders.states import (
     IN_FLIGHT,
@@ -184,6 +184,10 @@ def action_required(draft: Draft, attempt: int, charge: str, url: str) -> None:
     payment = draft.set_payment(msgspec.structs.replace(payment, state=state, charge=charge, action_url=url))
     if payment.is_unwanted:
         withdraw(draft, payment)
+    elif draft.order.state is OrderState.PENDING_PAYMENT:
+        # Expiry may have come, and gone because nobody knew how the payment ends. Now it is up to the customer, who
+        # may never come back.
+        draft.due(EXPIRY_STEP, str(draft.order.id), at_ms=draft.order.expires_ms)
 
 
 def authorised(draft: Draft, attempt: int, charge: Charge) -> None:

@@ -98,9 +98,8 @@ class Bank:
 
     def decide(self, account: Account, amount: int, *, yes: bool) -> None:
         """The customer, or their bank, makes up their mind."""
-        if account.state in ("pending", "action"):
-            account.state = "authorised" if yes else "declined"
-            account.authorised = amount if yes else 0
+        account.state = "authorised" if yes else "declined"
+        account.authorised = amount if yes else 0
 
     def capture(self, key: str, account: Account, amount: int) -> Charge:
         if key not in account.done:
