@@ -104,13 +104,13 @@ class Staff:
     async def run_parcels(self) -> None:
         """Take the money where it is only held, ship, deliver: through the list of confirmed orders, over and over."""
         while True:
-            await self._tried(self._through("?state=confirmed&limit=50", lambda body: body, self._pack))
+            await self._tried(self._through("?state=confirmed&limit=50", self._pack))
             await asyncio.sleep(IDLE_S)
 
     async def run_attention(self) -> None:
         """What needs somebody to look at it: parked steps are tried again, orders ticked off."""
         while True:
-            await self._tried(self._through("?needs_attention=true&limit=50", lambda body: body["order"], self._attend))
+            await self._tried(self._through("?needs_attention=true&limit=50", self._attend))
             await self._tried(self._retry_parked())
             await asyncio.sleep(4 * IDLE_S)
 
@@ -127,15 +127,12 @@ class Staff:
         while (handed_in := self._desk.next()) is not None:
             await self._tried(self._take_back(*handed_in))
 
-    async def _through(
-        self, query: str, order_of: Callable[[Any], Any], deal_with: Callable[[Any], Awaitable[None]]
-    ) -> None:
+    async def _through(self, query: str, deal_with: Callable[[Any], Awaitable[None]]) -> None:
         """Every order of a list that is in nobody's hand."""
         cursor = ""
         while True:
             page = (await self._account.ask("GET", "/v1/orders", query=query + cursor)).body
-            for body in page["data"]:
-                order = order_of(body)
+            for order in page["data"]:
                 if order["id"] in self._in_hand:
                     continue
                 self._in_hand.add(order["id"])
