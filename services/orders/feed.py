@@ -64,8 +64,8 @@ class EventFeed:
                 **early_headers(request),
             }
         )
-        await response.prepare(request)
         try:
+            await response.prepare(request)
             await _write(response, b"retry: %d\n\n" % RETRY_MS)
             while True:
                 for record in found.records:
