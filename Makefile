@@ -59,16 +59,18 @@ lint: $(VENV)/installed-to-test
 	@echo "mypy --strict"
 	@$(BIN)/mypy kvstore services bench
 
-# What starts clusters runs alone: it would be late beside other tests, and make them late. But the ninety seconds of
-# SIGKILL last ninety seconds whatever else goes on, and simulated time does not care: they go together.
+# Most tests wait a good deal of their time (for a disk, an election, an end of a lease), so there are more of them at
+# once than cores. Those that start clusters of processes load both cores, and come after the others, two at a time; the
+# ninety seconds of SIGKILL last ninety seconds whatever else goes on, and simulated time does not care: they go together.
 KILLS := tests/cluster/test_sigkill.py
+TWO := -n 2 --dist loadfile
 test: lint
-	@echo "pytest, on all cores: what is quick"
-	@$(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/cluster --ignore=tests/simulation
+	@echo "pytest, three at a time: what is quick"
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --ignore=tests/cluster --ignore=tests/simulation
 	@echo "pytest, two at a time: simulation, and ninety seconds of SIGKILL"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(KILLS) tests/simulation
-	@echo "pytest, one by one: clusters"
-	@$(BIN)/python -m pytest --ignore=$(KILLS) tests/cluster
+	@$(BIN)/python -m pytest $(TWO) $(KILLS) tests/simulation
+	@echo "pytest, two at a time: clusters"
+	@$(BIN)/python -m pytest $(TWO) --ignore=$(KILLS) tests/cluster
 
 # SEED=123 replays one run, SEEDS=1000 is a campaign; NODES=3 or 5 instead of both by turns; SIM='--shrink 123' or any
 # other options of the command, which `python -m tests.simulation --help` lists.
