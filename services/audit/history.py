@@ -31,7 +31,7 @@ PART_PATHS: Final[Mapping[str, Paths]] = {
         "requires_action": ("authorised", "failed", "voiding"),
         "authorised": ("capturing", "voiding"),
         "partially_captured": ("capturing",),
-        "capturing": ("partially_captured", "captured"),
+        "capturing": ("partially_captured", "captured", "authorised"),  # the last where it is refused
         "voiding": ("voided",),
     },
     "refund": {"": ("pending",), "pending": ("succeeded", "failed")},

@@ -247,7 +247,7 @@ def capture_refused(draft: Draft, attempt: int) -> None:
     payment = draft.set_payment(msgspec.structs.replace(payment, state=state, capture_amount=0))
     if draft.order.state is OrderState.CONFIRMED:
         draft.want_attention(CAPTURE_REFUSED)
-    else:
+    elif draft.order.state is not OrderState.COMPLETED:  # which has captured all that it cost
         withdraw(draft, payment)
     settle(draft)
 

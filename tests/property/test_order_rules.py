@@ -311,6 +311,9 @@ class OrderRules(RuleBasedStateMachine):
                     self.told(step, payment, account)
             case "requires_action":
                 self.told(step, payment, self.account(payment))
+            case "capturing" if outcome == "declined" and payment.request_key not in self.account(payment).done:
+                if not lost:
+                    self.finish(step, lambda draft: paying.capture_refused(draft, attempt))
             case "capturing":
                 charge = self.bank.capture(payment.request_key, self.account(payment), payment.capture_amount)
                 if not lost:
@@ -553,3 +556,17 @@ def test_an_order_expires_though_its_customer_was_sent_to_the_bank_too_late(rule
     assert rules.order.state is OrderState.PENDING_PAYMENT
     rules.let_it_end()
     assert rules.order.state is OrderState.EXPIRED
+
+
+def test_a_completed_order_keeps_what_was_paid_for_it_though_a_capture_is_refused(rules: OrderRules) -> None:
+    """More was being captured when its line was cancelled, and the rest delivered: all was given back."""
+    rules.begin([1, 1], [3, 4], CaptureMode.MANUAL, 2)
+    rules.capture(1, 3)
+    rules.work_off()
+    rules.capture(1, None)
+    rules.cancel_line("pot", 1)
+    rules.ship("cup", 1)
+    rules.deliver(1)
+    assert rules.order.state is OrderState.COMPLETED
+    rules.work(0, "declined", 0, lost=False, twice=False)
+    assert (rules.order.captured, rules.order.refunded) == (3, 0)
