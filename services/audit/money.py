@@ -153,12 +153,13 @@ def live_payment(case: Case) -> Iterator[Difference]:
 
 @ORDER_CHECKS("confirmed_paid")
 def confirmed_paid(case: Case) -> Iterator[Difference]:
-    """The total of an order that is confirmed or completed is authorised or captured; one that is completed, or of
-    which anything is shipped, has captured all that its goods cost."""
+    """The total of an order that is confirmed or completed is authorised or captured, unless its lines that cost
+    anything are cancelled; one that is completed, or of which anything is shipped, has captured all that its goods
+    cost."""
     order = case.order
-    if order.state in ("confirmed", "completed") and max(order.authorised, order.captured) < order.total:
-        yield Difference(case.key, f"{order.total} authorised", max(order.authorised, order.captured))
     owed = order.total - sum(map(cancelled_worth, order.lines))
+    if order.state in ("confirmed", "completed") and owed and max(order.authorised, order.captured) < order.total:
+        yield Difference(case.key, f"{order.total} authorised", max(order.authorised, order.captured))
     is_shipped = any(line.shipped for line in order.lines)
     if (order.state == "completed" or is_shipped) and order.captured < owed:
         yield Difference(case.key, f"{owed} captured", order.captured)

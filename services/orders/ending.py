@@ -39,6 +39,7 @@ def cancel_lines(draft: Draft, quantities: tuple[Quantity, ...], reason: str) ->
     excess = paying.to_give_back(draft.order, overpaid_before)
     if excess > 0:
         paying.refund(draft, excess, paying.REASON_CANCELLED)
+    paying.release(draft)
     settle(draft)
 
 

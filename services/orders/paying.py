@@ -161,6 +161,13 @@ def withdraw(draft: Draft, payment: Payment) -> None:
         _give_back(draft, payment.captured - payment.refunded, REASON_CANCELLED)
 
 
+def release(draft: Draft) -> None:
+    """Give up what is held for an order that costs nothing any more: the lines that did are cancelled."""
+    payment = draft.live_payment
+    if payment is not None and payment.state is PaymentState.AUTHORISED and draft.order.owed == 0:
+        withdraw(draft, payment)
+
+
 # --- what became of it ------------------------------------------------------------------------------------------------
 
 
@@ -245,10 +252,13 @@ def capture_refused(draft: Draft, attempt: int) -> None:
     payment = payment_of(draft, attempt)
     state = PAYMENT.next(payment.state, PaymentEvent.REFUSE_REST if payment.captured else PaymentEvent.REFUSE)
     payment = draft.set_payment(msgspec.structs.replace(payment, state=state, capture_amount=0))
-    if draft.order.state is OrderState.CONFIRMED:
-        draft.want_attention(CAPTURE_REFUSED)
-    elif draft.order.state is not OrderState.COMPLETED:  # which has captured all that it cost
+    order = draft.order
+    if order.state not in (OrderState.CONFIRMED, OrderState.COMPLETED):
         withdraw(draft, payment)
+    elif order.captured < order.owed:
+        draft.want_attention(CAPTURE_REFUSED)
+    else:
+        release(draft)
     settle(draft)
 
 

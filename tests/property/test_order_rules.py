@@ -492,6 +492,8 @@ class OrderRules(RuleBasedStateMachine):
             payment.state in ("authorised", "captured", "partially_captured", "voided", "failed")
             for payment in whole.payments.values()
         )
+        if order.state is OrderState.COMPLETED:
+            assert not any(one.holds for one in self.bank.accounts.values()), "money is held that nobody will take"
         if order.state in (OrderState.CANCELLED, OrderState.EXPIRED):
             assert not any(one.holds or one.captured > one.refunded for one in self.bank.accounts.values())
             for line in order.lines:
@@ -570,3 +572,14 @@ def test_a_completed_order_keeps_what_was_paid_for_it_though_a_capture_is_refuse
     assert rules.order.state is OrderState.COMPLETED
     rules.work(0, "declined", 0, lost=False, twice=False)
     assert (rules.order.captured, rules.order.refunded) == (3, 0)
+
+
+def test_nothing_is_held_for_an_order_that_costs_nothing_any_more(rules: OrderRules) -> None:
+    """What cost anything is cancelled, the rest is delivered: the hold was neither taken nor given up."""
+    rules.begin([1, 1], [0, 4], CaptureMode.MANUAL, 2)
+    rules.cancel_line("pot", 1)
+    rules.ship("cup", 1)
+    rules.deliver(1)
+    rules.work_off()
+    assert rules.order.state is OrderState.COMPLETED
+    assert [account.state for account in rules.bank.accounts.values()] == ["voided"]
