@@ -60,7 +60,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     stock: int = 20
     restock_s: float = 0.5
     """Between two looks at the stock of any product: deliveries are less than what is wanted."""
-    think_s: float = 1.0
+    think_s: float = 6.0
+    """The pause after each look at a product: so many shoppers leave two cores room for kills and restarts."""
     patience_s: float = 20.0
     service_pause_s: float = 6.0
     """Between two kills of services, on average; `store_pause_s` is that of store nodes."""
@@ -182,7 +183,7 @@ class Campaign:
             if fallen := shop.fallen():
                 raise Violation("a process ended by itself", ", ".join(fallen))
             try:
-                leader = await shop.cluster.leader()
+                leader = await shop.leader()
                 names = victims(kill.target, leader, list(shop.cluster.nodes), kill.chance)
                 if "psp" in names:
                     await provider.ends()

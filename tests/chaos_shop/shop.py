@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from tests.cluster.harness import ClusterProcesses, free_ports
+from tests.cluster.harness import ClusterProcesses, free_ports, until
 from tests.services.processes import Process, ServiceProcess, WorkerProcess
 
-# Longer than a cold start on two busy cores takes.
-READY_S = 40.0
+# Longer than a cold start on two busy cores takes, or an election while all processes fight for them.
+READY_S = 60.0
+_STATUS_S = 5.0
 _NEVER_IN_A_LOG = re.compile(rb'"exception":"|Traceback \(most recent call last\)')
 _LINE_CHARS = 1500
 
@@ -73,14 +74,32 @@ class Shop:
     async def start(self, name: str) -> None:
         """Start what was killed, and wait until it does its work. Raises AssertionError if it does not."""
         if name in self.services:
-            self.services[name].start()
+            service = self.services[name]
+            service.start()
             self.down.discard(name)
             async with asyncio.timeout(READY_S):
-                await self.services[name].ready()
+                while not await _is_ready(service):
+                    pass
         else:
             self.cluster.start(name)
             self.down.discard(name)
-            await self.cluster.leader(READY_S)
+            await self.leader()
+
+    async def leader(self) -> str:
+        """A node that says that it leads, in the newest term that any has heard of. Raises AssertionError."""
+        found = ""
+
+        async def is_known() -> bool:
+            nonlocal found
+            running = [name for name, node in self.cluster.nodes.items() if node.running]
+            answers = await asyncio.gather(*(self.cluster.status(name, timeout_s=_STATUS_S) for name in running))
+            looks = [answer for answer in answers if answer is not None]
+            term = max((look.term for look in looks), default=0)
+            found = next((look.name for look in looks if look.role == "leader" and look.term == term), "")
+            return bool(found)
+
+        await until(is_known, READY_S, "a leader", poll_s=0.1)
+        return found
 
     def fallen(self) -> list[str]:
         """Processes that ended by themselves."""
@@ -99,3 +118,14 @@ class Shop:
                     if _NEVER_IN_A_LOG.search(line)
                 ]
         return found
+
+
+async def _is_ready(service: Process) -> bool:
+    """False if it is not yet, after its usual time. Raises AssertionError if it has ended."""
+    try:
+        await service.ready()
+    except AssertionError:
+        if not service.running:
+            raise
+        return False
+    return True
