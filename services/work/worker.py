@@ -57,8 +57,8 @@ class Worker:
         while True:
             try:
                 await self._work_under_a_lease()
-            except kvstore.KvError as error:
-                log.warning("worker waits for the store", code=error.code, detail=str(error))
+            except* kvstore.KvError as group:  # a task group's, or the lease's own
+                log.warning("worker waits for the store", errors=[str(error) for error in group.exceptions])
                 await asyncio.sleep(PAUSE_S)
 
     async def _work_under_a_lease(self) -> None:

@@ -247,3 +247,30 @@ async def test_a_worker_leaves_other_queues_alone(store: kvstore.Client) -> None
     await until(done)
     worker.cancel()
     assert decode_step(record.value).queue == "theirs"
+
+
+@pytest.mark.parametrize("call", ["range", "lease"])
+async def test_a_worker_sits_out_a_store_that_is_away(
+    store: kvstore.Client, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Its process used to end: what a task group raises is a group, also where one thing went wrong."""
+    monkeypatch.setattr("services.work.worker.PAUSE_S", 0.01)
+    whole, failed = getattr(store, call), 0
+
+    def away(*args: object, **more: object) -> object:
+        nonlocal failed
+        if asyncio.current_task() in workers and failed < 3:
+            failed += 1
+            raise kvstore.Unavailable("no leader can be reached now")
+        return whole(*args, **more)
+
+    worker = asyncio.create_task(Worker(store, {"kind": counted}).run())
+    workers = {worker}
+    monkeypatch.setattr(type(store), call, lambda _, *args, **more: away(*args, **more))
+    await store.txn(success=[steps.put("kind", "1")])
+    await all_done(store)
+    assert failed == 3
+    assert not worker.done()
+    worker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await worker
