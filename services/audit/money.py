@@ -168,7 +168,7 @@ def confirmed_paid(case: Case) -> Iterator[Difference]:
 @ORDER_CHECKS("ended_settled")
 def ended_settled(case: Case) -> Iterator[Difference]:
     """Of an order that is cancelled or expired nothing is kept: what was captured is refunded, nothing is held, and no
-    payment is under way. An expired one has no live payment but one that is being given back."""
+    payment is under way."""
     order = case.order
     if order.state not in ("cancelled", "expired"):
         return

@@ -6,6 +6,7 @@ Each part stands between two marks, `<!-- states: begin -->` and `<!-- states: e
 from __future__ import annotations
 
 import asyncio
+import enum
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from aiohttp.test_utils import make_mocked_request
 
 import kvstore
 from services.__main__ import main as commands
+from services.audit.findings import CODES
+from services.audit.run import audit as _declares_them_all  # noqa: F401
 from services.orders.app import create_app as create_orders
 from services.orders.states import MACHINES
 from services.orders.steps import PARK_REASONS
@@ -127,6 +130,12 @@ def options() -> str:
     return "\n".join(lines)
 
 
+def checks() -> str:
+    """What the auditor proves, in the order in which it is declared."""
+    lines = ["| code | what it proves |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{code}` | {proves} |" for code, proves in CODES.items())])
+
+
 def _spelt(option: click.Option) -> str:
     return " ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
 
@@ -142,7 +151,7 @@ def _default(option: click.Option, names: list[str]) -> str:
         command = commands.commands[name]
         same = next(one for one in command.params if one.name == option.name)
         value = same.get_default(click.Context(command))
-        if value not in (None, (), False):
+        if value not in (None, (), False) and not isinstance(value, enum.Enum):  # click's mark of having none
             defaults.append(f"`{value}`")
     return ", ".join(dict.fromkeys(defaults))
 
@@ -153,6 +162,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "problems": problems,
     "reasons": reasons,
     "options": options,
+    "checks": checks,
 }
 
 

@@ -207,7 +207,7 @@ async def test_whoever_races_whom_the_auditor_finds_nothing(
         states = Counter[str]()
         async for record in store.scan(prefix=b"order-state/", keys_only=True):
             states[record.key.split(b"/")[1].decode()] += 1
-        assert not states.keys() & {"pending_payment", "cancelling"}, states
+        assert not states["pending_payment"], states  # one whose refund failed may be cancelling: staff have to look
         assert states["completed"] > 0
         assert states["cancelled"] + states["expired"] > 0
         assert report.checked["refunds on the books"] > 0
