@@ -12,6 +12,7 @@ import msgspec
 
 import kvstore
 from services.audit.findings import Findings, declare
+from services.web.reading import read_ranges
 
 # Reads of single keys in one request: enough that a round trip does not count, and their records, orders of some
 # kilobytes, fit one result of 1 MiB. (Where they do not, they are read in halves.)
@@ -63,15 +64,7 @@ class View:
         return found
 
     async def read(self, ranges: Sequence[kvstore.Range]) -> list[tuple[kvstore.Record, ...]]:
-        """The records of several ranges as of one moment, unless they are too large for one result: then of several."""
-        try:
-            results = (await self._store.txn(success=ranges)).results
-        except kvstore.Refused as refusal:
-            if refusal.code != "result_too_large" or len(ranges) == 1:
-                raise
-            half = len(ranges) // 2
-            return [*await self.read(ranges[:half]), *await self.read(ranges[half:])]
-        return [one.records for one in results if isinstance(one, kvstore.RangeResult)]
+        return await read_ranges(self._store, ranges)
 
     def decode(self, decoder: Callable[[bytes], T], record: kvstore.Record) -> T | None:
         """None, and a violation, if it cannot be read."""

@@ -36,6 +36,7 @@ from services.web.ids import ID_MAX, Ids, now_ms
 from services.web.leases import SharedLease
 from services.web.paging import Page, PageQuery, page_of
 from services.web.problems import Problem
+from services.web.reading import read_ranges
 
 CARTS_MAX: Final = 20  # active ones of a user: one for each device and a few wish lists
 KEPT_S: Final = 30 * 24 * 3600.0
@@ -180,8 +181,7 @@ class Carts:
             if not records:
                 return []
             ids = [ID_MAX - int(record.key[len(prefix) :]) for record in records]
-            found = await self._store.txn(success=[kvstore.Range(cart_key(cart_id)) for cart_id in ids])
-            carts = [one.records for one in found.results if isinstance(one, kvstore.RangeResult)]
+            carts = await read_ranges(self._store, [kvstore.Range(cart_key(cart_id)) for cart_id in ids])
             return [decode_cart(record.value) for records in carts for record in records]
 
         return await page_of(self._store, prefix, query, read)

@@ -28,6 +28,7 @@ from services.orders.states import OrderState
 from services.web.ids import ID_MAX, parse_order_number
 from services.web.paging import Page, PageQuery, after_cursor, cursor_of
 from services.web.problems import Problem
+from services.web.reading import read_ranges
 from services.web.tokens import Caller
 
 NUMBER_CHARS_MAX: Final = 40
@@ -49,6 +50,7 @@ class OrderQuery(PageQuery, frozen=True):
 
 # Candidates that are looked at for one page where the index alone does not decide; what they leave is on the next one.
 _LOOKED_AT_MAX: Final = 500
+_READ_AT_ONCE: Final = 100  # of them: a page, where all of them match
 
 
 class _Found(Struct, frozen=True):
@@ -72,13 +74,14 @@ class OrderSearch:
         found = await self._candidates(query)
         chosen: list[OrderBody] = []
         last, more = b"", found.more
-        for place, order in zip(found.places, await self._orders(found.ids), strict=True):
-            if len(chosen) == query.limit:
-                more = True
-                break
-            last = place
-            if _matches(order, query):
-                chosen.append(order_of(order))
+        for at in range(0, len(found.ids), _READ_AT_ONCE):
+            some = slice(at, at + _READ_AT_ONCE)
+            for place, order in zip(found.places[some], await self._orders(found.ids[some]), strict=True):
+                if len(chosen) == query.limit:
+                    return Page(chosen, True, cursor_of(last))
+                last = place
+                if _matches(order, query):
+                    chosen.append(order_of(order))
         return Page(chosen, more, cursor_of(last) if more else None)
 
     async def _candidates(self, query: OrderQuery) -> _Found:
@@ -119,11 +122,8 @@ class OrderSearch:
         return _Found(places[:look_at], [ID_MAX - int(place) for place in places[:look_at]], len(places) > look_at)
 
     async def _orders(self, ids: list[int]) -> list[Order]:
-        """In one round trip. Orders are never deleted, so what an index names is there."""
-        if not ids:
-            return []
-        result = await self._store.txn(success=[kvstore.Range(order_key(order_id)) for order_id in ids])
-        found = (one.records for one in result.results if isinstance(one, kvstore.RangeResult))
+        """Orders are never deleted, so what an index names is there."""
+        found = await read_ranges(self._store, [kvstore.Range(order_key(order_id)) for order_id in ids])
         return [decode_order(records[0].value) for records in found]
 
 

@@ -462,6 +462,29 @@ async def test_orders_are_found_by_state_number_user_and_attention(paid: PaidSho
         await problem(await paid.shop.orders.get(f"/v1/orders{query}", headers=paid.buyer.headers), 403, "forbidden")
 
 
+async def test_lists_of_large_orders_come_in_pages_like_others(paid: PaidShop) -> None:
+    """A record each of some 60 KB, more together than the store answers at once."""
+    name = "ü" * 200
+    for number in range(100):
+        product = {"name": name, "price": 10, "currency": "EUR"}
+        answer = await paid.shop.orders.put(f"/v1/products/p{number}", json=product, headers=paid.staff.headers)
+        assert answer.status == 201
+        await paid.shop.store.put(f"stock/p{number}/on_hand".encode(), b"1000")
+    orders = [await paid.placed({f"p{number}": 1 for number in range(100)}) for _ in range(25)]
+    newest = [order["id"] for order in reversed(orders)]
+    for query in (
+        "?limit=100",
+        "?limit=100&state=pending_payment",
+        f"?limit=100&user_id={paid.buyer.id}&state=pending_payment",
+    ):
+        page = await paid.get(f"/v1/orders{query}", paid.staff)
+        assert [order["id"] for order in page["data"]] == newest
+    page = await paid.get("/v1/orders?limit=1&state=expired")
+    assert page["data"] == []
+    page = await paid.get("/v1/orders?limit=1&state=pending_payment")
+    assert [order["id"] for order in page["data"]] == newest[:1]
+
+
 async def test_a_step_that_is_given_up_is_shown_to_staff_who_give_it_back(
     store: kvstore.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
