@@ -39,7 +39,7 @@ PART_PATHS: Final[Mapping[str, Paths]] = {
     "return": {"": ("requested",), "requested": ("approved", "rejected"), "approved": ("received",)},
 }
 # Events of an order that tell of no new state.
-_REMARKS: Final = ("order.lines_cancelled", "order.needs_attention", "order.attended")
+_REMARKS: Final = ("order.lines_cancelled", "order.needs_attention", "order.attended", "order.address_changed")
 
 
 def _is_path(states: list[str], paths: Paths) -> bool:

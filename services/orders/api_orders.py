@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import msgspec
 from aiohttp import web
 from msgspec import Meta
 
 import kvstore
-from services.orders import ending
+from services.orders import ending, fulfilling
 from services.orders.bodies import (
     EventBody,
     OrderBody,
     OrderTotalBody,
+    ShipToBody,
     StaffOrderBody,
     event_of,
     order_body,
     order_of,
+    ship_to_of,
 )
 from services.orders.book import OrderBook, Said, may_see, no_order
 from services.orders.draft import Draft
@@ -27,6 +30,7 @@ from services.orders.records import (
     LINES_MAX,
     Order,
     Quantity,
+    ShipTo,
     address_key,
     decode_event,
     decode_order,
@@ -35,12 +39,14 @@ from services.orders.records import (
     events_of,
     order_key,
 )
+from services.web.addresses import AddressInput, check_country
 from services.web.answers import json_response
 from services.web.bodies import RequestBody, Text
 from services.web.endpoints import Access, Call, EventStream, get, post
 from services.web.etags import tagged_response
 from services.web.ids import Id
 from services.web.paging import Page, PageQuery, page_of
+from services.web.problems import Problem
 
 Quantities = Annotated[tuple[LineBody, ...], Meta(min_length=1, max_length=LINES_MAX)]
 
@@ -116,7 +122,7 @@ class OrderEndpoints:
         if not orders:
             raise no_order()
         order = decode_order(orders[0].value)
-        ship_to = decode_ship_to(addresses[0].value) if addresses else None
+        ship_to = ship_to_of(decode_ship_to(addresses[0].value)) if addresses else None
         return json_response(encode(StaffOrderBody(order_of(order), order.needs_attention or None, ship_to)))
 
     @post(
@@ -153,6 +159,33 @@ class OrderEndpoints:
 
         return await self._book.change(call, id, decide)
 
+    @get("/v1/orders/{id}/ship-to", {200: ShipToBody}, access=Access.SIGNED_IN)
+    async def read_ship_to(self, call: Call, id: Id) -> web.Response:
+        """Read where an order goes to"""
+        await self._order(call, id)
+        record = await self._store.get(address_key(id))
+        if record is None:
+            raise Problem("not_found", "Nobody has said where the order goes to")
+        return json_response(encode(ship_to_of(decode_ship_to(record.value))))
+
+    @post(
+        "/v1/orders/{id}/ship-to",
+        {200: ShipToBody},
+        access=Access.SIGNED_IN,
+        idempotent=True,
+        problems=("order_state",),
+    )
+    async def change_ship_to(self, call: Call, id: Id, body: AddressInput) -> web.Response:
+        """Say where an order goes to, while nothing of it is shipped"""
+        check_country(body)
+        ship_to = ShipTo(**msgspec.structs.asdict(body))
+
+        def decide(draft: Draft) -> Said:
+            fulfilling.send_to(draft, ship_to)
+            return encode(ship_to_of(ship_to)), ""
+
+        return await self._book.change(call, id, decide)
+
     @post("/v1/orders/{id}/attended", {200: OrderBody}, access=Access.STAFF, idempotent=True)
     async def attend_order(self, call: Call, id: Id) -> web.Response:
         """Say that an order needs no more attention"""
@@ -171,7 +204,7 @@ class OrderEndpoints:
         await self._order(call, id)
 
         async def read(records: list[kvstore.Record]) -> list[EventBody]:
-            return [event_of(decode_event(record.value)) for record in records]
+            return [event_of(decode_event(record.value), for_staff=call.caller.is_staff) for record in records]
 
         return json_response(encode(await page_of(self._store, events_of(id), query, read, reverse=True)))
 

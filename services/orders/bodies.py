@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from services.orders.records import (
@@ -87,12 +88,23 @@ class OrderTotalBody(Struct, frozen=True):
     total: int
 
 
+class ShipToBody(Struct, frozen=True):
+    name: str
+    line1: str
+    line2: str
+    postal_code: str
+    city: str
+    region: str
+    country: str
+    phone: str
+
+
 class StaffOrderBody(Struct, frozen=True):
     """One of the orders that staff find."""
 
     order: OrderBody
     needs_attention: str | None
-    ship_to: ShipTo | None
+    ship_to: ShipToBody | None
 
 
 class PaymentBody(Struct, frozen=True):
@@ -159,12 +171,14 @@ class ReturnBody(Struct, frozen=True):
 
 
 class EventBody(Struct, frozen=True):
-    """`type` says what it happened to, and what that is now: `payment.authorised`."""
+    """`type` says what it happened to, and what that is now: `payment.authorised`. `actor` is the user whose command it
+    was; in lists for staff alone."""
 
     seq: int
     type: str
     at: Timestamp
     data: dict[str, Any]
+    actor: int | None = None
 
 
 def payment_status(order: Order) -> PaymentStatus:
@@ -286,8 +300,13 @@ def return_of(ret: Return) -> ReturnBody:
     )
 
 
-def event_of(event: EventRecord) -> EventBody:
-    return EventBody(event.seq, event.type, timestamp(event.at_ms), event.data)
+def ship_to_of(ship_to: ShipTo) -> ShipToBody:
+    return ShipToBody(**msgspec.structs.asdict(ship_to))
+
+
+def event_of(event: EventRecord, *, for_staff: bool = False) -> EventBody:
+    actor = event.actor or None if for_staff else None
+    return EventBody(event.seq, event.type, timestamp(event.at_ms), event.data, actor)
 
 
 def _quantities(lines: tuple[Quantity, ...]) -> tuple[QuantityBody, ...]:

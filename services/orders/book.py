@@ -60,7 +60,7 @@ class OrderBook:
             assert isinstance(answered, kvstore.RangeResult)
             if answered.records:
                 return idempotency.replay(answered.records[0])
-            draft = Draft(whole, now_ms())
+            draft = Draft(whole, now_ms(), call.caller.user_id)
             try:
                 body, location = decide(draft)
             except Problem as problem:

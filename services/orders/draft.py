@@ -30,7 +30,9 @@ from services.orders.records import (
     Refund,
     Return,
     Shipment,
+    ShipTo,
     StockHeld,
+    address_key,
     allocated_key,
     attention_key,
     decode_order,
@@ -108,9 +110,11 @@ P = TypeVar("P", Payment, Refund, Shipment, Return)
 
 
 class Draft:
-    def __init__(self, whole: Whole, now_ms: int) -> None:
+    def __init__(self, whole: Whole, now_ms: int, actor: int = 0) -> None:
+        """`actor` is the user whose command it is; 0: a worker's."""
         self._before = whole
         self.now_ms = now_ms
+        self._actor = actor
         self.order = whole.order
         self.payments = dict(whole.payments)
         self.refunds = dict(whole.refunds)
@@ -180,13 +184,21 @@ class Draft:
         seq = self.order.events + 1
         self.set(events=seq)
         key = event_key(self.order.id, seq)
-        self._writes[key] = kvstore.Put(key, encode(EventRecord(self.order.id, seq, type_, self.now_ms, data)))
+        self._writes[key] = kvstore.Put(
+            key, encode(EventRecord(self.order.id, seq, type_, self.now_ms, data, self._actor))
+        )
 
     def want_attention(self, code: str) -> None:
-        """Staff have to look at it."""
+        """Staff have to look at it; they alone are told why."""
         if self.order.needs_attention != code:
             self.set(needs_attention=code)
-            self.tell("order.needs_attention", code=code)
+            self.tell("order.needs_attention")
+
+    def send_to(self, ship_to: ShipTo) -> None:
+        """Where it goes to from now on."""
+        key = address_key(self.order.id)
+        self._writes[key] = kvstore.Put(key, encode(ship_to))
+        self.tell("order.address_changed")
 
     def set_line(self, line: OrderLine) -> None:
         assert 0 <= line.returning + line.returned <= line.delivered <= line.shipped, line

@@ -9,7 +9,7 @@ import msgspec
 
 from services.orders import paying
 from services.orders.draft import Draft, settle
-from services.orders.records import OrderLine, Quantity, Return, Shipment
+from services.orders.records import OrderLine, Quantity, Return, Shipment, ShipTo
 from services.orders.states import RETURN, SHIPMENT, OrderState, ReturnEvent, ShipmentEvent
 from services.web.problems import FieldError, Problem
 
@@ -57,6 +57,16 @@ def ship(draft: Draft, quantities: tuple[Quantity, ...], carrier: str, tracking:
     draft.set(shipments=number)
     now_ms = draft.now_ms
     return draft.set_shipment(Shipment(order.id, number, state, quantities, carrier, tracking, now_ms, now_ms))
+
+
+def send_to(draft: Draft, ship_to: ShipTo) -> None:
+    """Where it goes to, from now on. Raises `Problem` `order_state`."""
+    order = draft.order
+    if order.state not in (OrderState.PENDING_PAYMENT, OrderState.CONFIRMED):
+        raise Problem("order_state", f"An order that is {order.state} goes nowhere else")
+    if order.shipments:
+        raise Problem("order_state", "Part of the order is shipped")
+    draft.send_to(ship_to)
 
 
 def deliver(draft: Draft, number: int) -> Shipment:

@@ -241,13 +241,15 @@ class Return(Struct, frozen=True, tag_field="v", tag=1):
 
 class EventRecord(Struct, frozen=True, tag_field="v", tag=1):
     """Something that happened to an order, for its owner and for staff. `type` is `order.confirmed`, `payment.failed`
-    and so on: what it happened to, and what that is now."""
+    and so on: what it happened to, and what that is now. `actor` is the user whose command it was, and is told to staff
+    alone; 0 where a worker did it."""
 
     order_id: int
     seq: int
     type: str
     at_ms: int
     data: dict[str, Any] = {}
+    actor: int = 0
 
 
 class InboxMark(Struct, frozen=True, tag_field="v", tag=1):

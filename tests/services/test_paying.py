@@ -462,6 +462,35 @@ async def test_orders_are_found_by_state_number_user_and_attention(paid: PaidSho
         await problem(await paid.shop.orders.get(f"/v1/orders{query}", headers=paid.buyer.headers), 403, "forbidden")
 
 
+async def test_where_an_order_goes_is_its_owners_to_say_until_it_is_shipped(paid: PaidShop) -> None:
+    order = await paid.placed({"cup": 2})
+    path = f"/v1/orders/{order['id']}"
+    await problem(await paid.shop.orders.get(f"{path}/ship-to", headers=paid.buyer.headers), 404, "not_found")
+    address = {"name": "Ada", "line1": "1 Street", "city": "Town", "country": "DE"}
+    await problem(await paid.say(paid.buyer, f"{path}/ship-to", {**address, "country": "XX"}), 422, "invalid_body")
+    eve = await paid.shop.customer()
+    await problem(await paid.say(eve, f"{path}/ship-to", address), 404, "not_found")
+    said = await paid.did(paid.buyer, f"{path}/ship-to", address)
+    assert (await paid.get(f"{path}/ship-to")) == said
+    assert said["line1"] == "1 Street"
+    await paid.paid(order)
+    await paid.becomes(order, payment_status="paid")
+    await paid.did(paid.staff, f"{path}/ship-to", {**address, "line1": "2 Street"})
+    shipping = {"lines": [{"sku": "cup", "quantity": 1}], "carrier": "Post", "tracking": "P"}
+    await paid.did(paid.staff, f"{path}/shipments", shipping)
+    await problem(await paid.say(paid.buyer, f"{path}/ship-to", address), 409, "order_state")
+
+    events = (await paid.get(f"{path}/events?limit=100", paid.staff))["data"]
+    actors = [(event["type"], event["actor"]) for event in events]
+    assert actors[:2] == [("shipment.shipped", paid.staff.id), ("order.address_changed", paid.staff.id)]
+    assert ("order.address_changed", paid.buyer.id) in actors
+    assert ("payment.created", paid.buyer.id) in actors
+    assert ("payment.captured", None) in actors
+    seen = (await paid.get(f"{path}/events?limit=100"))["data"]
+    assert [event["type"] for event in seen] == [event["type"] for event in events]
+    assert {event["actor"] for event in seen} == {None}
+
+
 async def test_lists_of_large_orders_come_in_pages_like_others(paid: PaidShop) -> None:
     """A record each of some 60 KB, more together than the store answers at once."""
     name = "ü" * 200
