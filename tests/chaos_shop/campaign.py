@@ -194,6 +194,8 @@ class Campaign:
                 await asyncio.sleep(kill.down_s)
                 for name in names:
                     await shop.start(name)
+                if "psp" in names:
+                    await provider.begins_again(kill.chance.getrandbits(32))
             except (AssertionError, TimeoutError) as error:
                 raise Violation("what was killed did not come back", f"{kill.target}: {error}") from error
             self.watcher.killed(struck_at, kill.target, names, self.now() - struck_at)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -60,6 +61,12 @@ class ProviderControl:
         await self.look()
         self._before += Counter(self._latest)
         self._latest = {}
+
+    async def begins_again(self, seed: int) -> None:
+        """After it was started again: with the same seed a request that came for the first time since would meet the
+        same failure as it did then, start after start. If it is gone again, that is the next start's."""
+        with suppress(aiohttp.ClientError, TimeoutError, OSError):
+            await self._ask("PUT", "/control/failures", {"seed": seed, "rates": RATES})
 
     async def heal(self) -> None:
         """No failures by chance any more, and what is pending ends now. Raises `aiohttp.ClientError`."""
