@@ -65,12 +65,12 @@ def quantities(lines: tuple[LineBody, ...]) -> tuple[Quantity, ...]:
 
 
 class OrderEndpoints:
-    def __init__(self, store: kvstore.Client, placing: Placing, book: OrderBook) -> None:
+    def __init__(self, store: kvstore.Client, placing: Placing, book: OrderBook, feed: EventFeed) -> None:
         self._store = store
         self._placing = placing
         self._book = book
         self._search = OrderSearch(store)
-        self._feed = EventFeed(store)
+        self._feed = feed
 
     @post(
         "/v1/orders",
@@ -212,16 +212,18 @@ class OrderEndpoints:
         "/v1/orders/{id}/events/stream",
         {200: EventStream},
         access=Access.SIGNED_IN,
-        problems=("malformed_request",),
+        problems=("malformed_request", "too_many_streams"),
     )
     async def stream_events(self, call: Call, id: Id) -> web.StreamResponse:
         """Follow what happens to an order
 
         Server-sent events: each with its `seq` as the id, its type as the event, and an `EventBody` as the data. Send
         the last id as `Last-Event-ID` to go on where a stream ended; without it, it begins with the first event.
+
+        It ends when its token expires, or its session ends: come again with a new one.
         """
         await self._order(call, id)
-        return await self._feed.stream(call.request, id)
+        return await self._feed.stream(call.request, call.caller, id)
 
     async def _order(self, call: Call, order_id: int) -> tuple[Order, int]:
         record = await self._store.get(order_key(order_id))

@@ -22,6 +22,7 @@ from services.orders.api_work import WorkEndpoints
 from services.orders.book import OrderBook
 from services.orders.carts import Carts
 from services.orders.catalogue import Catalogue
+from services.orders.feed import EventFeed
 from services.orders.placing import Placing
 from services.orders.search import ProductSearch
 from services.payments.loading import OpenProvider, open_sandbox
@@ -51,17 +52,18 @@ def create_app(
     settings = settings or Settings()
     catalogue, carts, book = Catalogue(store), Carts(store), OrderBook(store)
     placing = Placing(store, catalogue, carts, int(settings.pay_within_s * 1000))
+    tokens = Tokens(SigningKeys(store))
     api = Api(
         "Order service",
         "Products, stock, carts, orders, payments, shipments and returns.",
-        Tokens(SigningKeys(store)),
+        tokens,
         IdempotencyKeys(store),
         limit,
     )
     api.add(ProductApi(catalogue, ProductSearch(store)), tag="Products")
     api.add(StockApi(catalogue), tag="Stock")
     api.add(CartApi(store, carts), tag="Carts")
-    api.add(OrderEndpoints(store, placing, book), tag="Orders")
+    api.add(OrderEndpoints(store, placing, book, EventFeed(store, tokens)), tag="Orders")
     api.add(PaymentEndpoints(book), tag="Payments and refunds")
     api.add(FulfilmentEndpoints(book), tag="Shipments and returns")
     webhooks = WebhookEndpoints(store, settings.provider)

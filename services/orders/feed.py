@@ -1,8 +1,15 @@
-"""What happens to an order, live: server-sent events (WHATWG), which browsers reconnect by themselves.
+"""What happens to an order, live: server-sent events (WHATWG).
+
+A browser's own `EventSource` cannot read them: it sends no Authorization header, and a token in the address would end
+up in logs. Clients use `fetch` and read the body as it comes (`response.body.getReader()`), or a library that does;
+they come again by themselves, with the last id as `Last-Event-ID` and, where it was refused, with a new token.
 
 A stream reads what there is after the last event that its client has, then watches from the very next revision, so
 nothing is missed and nothing comes twice. Events of an order are numbered; the number is the event's id, and comes back
-as `Last-Event-ID`. Nothing is kept for a client that is away.
+as `Last-Event-ID`. Nothing is kept for a client that is away. An id that the order has not come to is refused: whoever
+waited after it would hear nothing until then.
+
+A stream lives no longer than the right to read it: it ends with its token, and soon after its session.
 
 A client that does not read is cut off: aiohttp waits for it, and no longer than `STALLED_S`.
 """
@@ -10,6 +17,7 @@ A client that does not read is cut off: aiohttp waits for it, and no longer than
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Final
 
 import structlog
@@ -19,16 +27,19 @@ import kvstore
 from services.orders.bodies import event_of
 from services.orders.records import EventRecord, decode_event, encode, event_key, events_of
 from services.web.answers import early_headers
-from services.web.app import STATE
+from services.web.app import STATE, began_to_stream
 from services.web.problems import Problem
-from services.web.tokens import TOKEN_TTL_S
+from services.web.tokens import Caller, Tokens
 
 # A proxy gives up on a silent connection after a minute, often.
 HEARTBEAT_S: Final = 15.0
-# Looks so often whether the process is about to stop: the grace that it has is ten seconds.
+# Looks so often whether the process is about to stop (the grace that it has is ten seconds), and whether the client may
+# still read.
 LOOK_S: Final = 1.0
 STALLED_S: Final = 10.0
 STREAMS_MAX: Final = 2_000  # per process: each is a connection, a watch and some 50 KB
+STREAMS_EACH_MAX: Final = 10  # of one caller, per process: a few windows on two devices
+_RETRY_AFTER_S: Final = 10
 RETRY_MS: Final = 1_000
 _SEQ_DIGITS: Final = 6
 _PAGE: Final = 500
@@ -39,23 +50,33 @@ log = structlog.get_logger("services.orders")
 class EventFeed:
     """One per process."""
 
-    def __init__(self, store: kvstore.Client) -> None:
+    def __init__(self, store: kvstore.Client, tokens: Tokens) -> None:
         self._store = store
-        self._streams = 0
+        self._tokens = tokens
+        self._streams: Counter[int] = Counter()  # by user; those who have none are not in it
 
-    async def stream(self, request: web.Request, order_id: int) -> web.StreamResponse:
-        """Serve until the client leaves or the process stops. Raises `Problem` `overloaded`, `malformed_request`."""
+    async def stream(self, request: web.Request, caller: Caller, order_id: int) -> web.StreamResponse:
+        """Serve until the client leaves, may not read it any more, or the process stops. Raises `Problem`:
+        `overloaded`, `too_many_streams`, `malformed_request`."""
         after = _last_event_id(request)
-        if self._streams >= STREAMS_MAX:
+        if self._streams.total() >= STREAMS_MAX:
             raise Problem("overloaded", f"{STREAMS_MAX} streams are open at this process; try again in a moment")
-        self._streams += 1
+        if self._streams[caller.user_id] >= STREAMS_EACH_MAX:
+            detail = f"{STREAMS_EACH_MAX} streams of yours are open; close one"
+            raise Problem("too_many_streams", detail, headers={"Retry-After": str(_RETRY_AFTER_S)})
+        self._streams[caller.user_id] += 1
         try:
-            return await self._serve(request, order_id, after)
+            return await self._serve(request, caller, order_id, after)
         finally:
-            self._streams -= 1
+            self._streams[caller.user_id] -= 1
+            if not self._streams[caller.user_id]:
+                del self._streams[caller.user_id]
 
-    async def _serve(self, request: web.Request, order_id: int, after: int) -> web.StreamResponse:
-        found = await self._read(order_id, after)  # before the answer begins, so that a store that is away is a 503
+    async def _serve(self, request: web.Request, caller: Caller, order_id: int, after: int) -> web.StreamResponse:
+        # Before the answer begins, so that a store that is away is a 503.
+        if after > 0 and await self._store.get(event_key(order_id, after)) is None:
+            raise Problem("malformed_request", f"Last-Event-ID is {after}, and the order has no such event")
+        found = await self._read(order_id, after)
         response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream",
@@ -66,6 +87,7 @@ class EventFeed:
         )
         try:
             await response.prepare(request)
+            began_to_stream(request)
             await _write(response, b"retry: %d\n\n" % RETRY_MS)
             while True:
                 for record in found.records:
@@ -75,7 +97,7 @@ class EventFeed:
                 if len(found.records) < _PAGE:
                     break
                 found = await self._read(order_id, after)
-            await self._follow(request, response, order_id, found.revision + 1, after)
+            await self._follow(request, response, caller, order_id, found.revision + 1, after)
         except (ConnectionError, TimeoutError, kvstore.KvError) as error:
             # The client has gone, does not read, or has to come again when the store is back: its Last-Event-ID says
             # where it was.
@@ -89,16 +111,20 @@ class EventFeed:
         )
 
     async def _follow(
-        self, request: web.Request, response: web.StreamResponse, order_id: int, revision: int, after: int
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        caller: Caller,
+        order_id: int,
+        revision: int,
+        after: int,
     ) -> None:
         state = request.app[STATE]
-        loop = asyncio.get_running_loop()
-        ends_at_s = loop.time() + TOKEN_TTL_S  # as long as a token is good: who comes again shows a newer one
         silent_s = 0.0
         async with self._store.watch(prefix=events_of(order_id), from_revision=revision, deletes=False) as events:
             following = asyncio.ensure_future(anext(events))
             try:
-                while not (state.stopping or _has_left(request)) and loop.time() < ends_at_s:
+                while not (state.stopping or _has_left(request)) and await self._tokens.is_still_good(caller):
                     done, _ = await asyncio.wait((following,), timeout=LOOK_S)
                     if not done:
                         silent_s += LOOK_S

@@ -4,7 +4,7 @@ What the middleware (`_frame`) does for each request, in one place so that it co
 
 - a request id, in the answer, the log and problems: the client's `X-Request-Id` if it is sane, else a new one
 - the trace that it belongs to (`tracing.py`), in the log and in what follows from it
-- a bound on requests in flight
+- a bound on requests in flight, of which probes and streams (`began_to_stream`) are none
 - every error becomes a problem body; an error that nobody foresaw is logged with its story and answered without it
 - the store's errors become 503: `store_unavailable` (nothing happened), `outcome_unknown` (it may have)
 - one line of access log, and its part of the metrics
@@ -44,6 +44,9 @@ READY_TIMEOUT_S: Final = 1.0  # a probe's answer is wanted soon; a longer outage
 VERSION_NEEDED: Final = 2  # of the cluster: it has leases (a new one takes a moment to find out that it may)
 READY_KEY: Final = b"ready"  # never written: reading it proves a quorum, whatever it holds
 
+# These tell whether the process is well, and are asked when it is busy, too: busy is not dead.
+_PROBES: Final = ("/livez", "/readyz")
+
 _SANE_REQUEST_ID: Final = re.compile(r"\A[A-Za-z0-9._:-]{8,128}\Z")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -54,16 +57,28 @@ _HTTP_PROBLEMS: Final = {404: "not_found", 405: "method_not_allowed", 413: "body
 
 
 class State:
-    """What the process tells its health checks."""
+    """What the process tells its health checks. A stream that has begun is none of the requests in flight."""
 
-    __slots__ = ("in_flight", "stopping")
+    __slots__ = ("in_flight", "stopping", "streams")
 
     def __init__(self) -> None:
         self.in_flight = 0
+        self.streams = 0
         self.stopping = False
 
 
 STATE: Final = web.AppKey("state", State)
+_IS_STREAM: Final = web.RequestKey("is_stream", bool)
+
+
+def began_to_stream(request: web.Request) -> None:
+    """The answer to `request` has begun, and goes on until its client leaves. It gives its place among the requests in
+    flight back: it waits for events, most of its time, and would keep others out. Whoever serves streams bounds them.
+    """
+    state = request.app[STATE]
+    request[_IS_STREAM] = True
+    state.in_flight -= 1
+    state.streams += 1
 
 
 def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None) -> web.Application:
@@ -111,7 +126,7 @@ def _frame(state: State, metrics: Metrics, access_log: AccessLog | None) -> Midd
         metrics.began()
         response: web.StreamResponse
         try:
-            if state.in_flight > IN_FLIGHT_MAX and request.path != "/livez":  # busy is not dead
+            if state.in_flight > IN_FLIGHT_MAX and request.path not in _PROBES:
                 raise Problem("overloaded", f"{IN_FLIGHT_MAX} requests are in flight; try again in a moment")
             response = await handler(request)
         except Problem as problem:
@@ -119,7 +134,10 @@ def _frame(state: State, metrics: Metrics, access_log: AccessLog | None) -> Midd
         except Exception as error:
             response = _problem_for(error, request, request_id).response(request.path, request_id)
         finally:
-            state.in_flight -= 1
+            if _IS_STREAM in request:
+                state.streams -= 1
+            else:
+                state.in_flight -= 1
         response.headers["X-Request-Id"] = request_id
         limits = request.get(LIMIT_HEADERS)
         if limits is not None:

@@ -248,7 +248,9 @@ class Api:
         routes: list[web.RouteDef] = []
         for bound in self.endpoints:
             method, path = bound.endpoint.method, _route(bound.endpoint.path, paths)
-            more = {"allow_head": True} if method == "GET" else {}
+            # A stream has no end, and so no answer to HEAD: its body could only be cut off.
+            streams = EventStream in bound.endpoint.answers.values()
+            more = {"allow_head": not streams} if method == "GET" else {}
             routes.append(web.route(method, path, self._serving(bound), **more))
         return routes
 

@@ -36,6 +36,7 @@ PROBLEMS: dict[str, Kind] = {
     "precondition_failed": Kind(412, "The record has changed since you read it"),
     "precondition_required": Kind(428, "An If-Match header is required"),
     "rate_limited": Kind(429, "Too many requests from you", retryable=True),
+    "too_many_streams": Kind(429, "Too many streams of yours are open", retryable=True),
     # who asks
     "authentication_required": Kind(401, "Sign in first"),
     "invalid_token": Kind(401, "The access token is not valid"),

@@ -108,7 +108,7 @@ async def _serve(build: BuildApp, serving: Serving) -> None:
                 raise cannot_listen(error, serving.host, serving.port) from None
             log.info("listening", url=f"http://{_bound(runner)}", pid=os.getpid())
             await stop.wait()
-            log.info("stopping", in_flight=app[STATE].in_flight)
+            log.info("stopping", in_flight=app[STATE].in_flight, streams=app[STATE].streams)
             app[STATE].stopping = True
         finally:
             await runner.cleanup()

@@ -17,6 +17,7 @@ HS256, because whoever verifies can read the store and so could sign as well: a 
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class Caller(NamedTuple):
     user_id: int
     role: Role
     session_id: str = ""  # of whoever signed in; a service's own token has none
+    good_until_s: float = math.inf  # by the clock of the process that verified the token
 
     @property
     def is_staff(self) -> bool:
@@ -153,7 +155,7 @@ class Tokens:
         self._keys = keys
         self._clock_s = clock_s
         self.ended = EndedSessions(keys.store, TOKEN_GONE_AFTER_S)
-        self._verified: dict[str, tuple[Caller, float]] = {}
+        self._verified: dict[str, Caller] = {}
         self._generation = 0
 
     async def issue(self, user_id: int, role: Role, session_id: str = "") -> str:
@@ -188,17 +190,21 @@ class Tokens:
         if self._generation != self._keys.generation:
             self._verified.clear()
             self._generation = self._keys.generation
-        seen = self._verified.get(token)
-        if seen is None:
+        caller = self._verified.get(token)
+        if caller is None:
             caller = await self._verify(token)
-        elif self._clock_s() < seen[1]:
-            caller = seen[0]
-        else:
+        elif self._clock_s() >= caller.good_until_s:
             del self._verified[token]
             raise _refuse("token_expired", "Refresh your session, or sign in again")
         if caller.session_id and await self.ended.has(caller.session_id):
             raise _refuse("invalid_token", "The session of this token has ended; sign in again")
         return caller
+
+    async def is_still_good(self, caller: Caller) -> bool:
+        """Whether the token that `caller` came with would be taken now: for an answer that goes on for long."""
+        if self._clock_s() >= caller.good_until_s:
+            return False
+        return not (caller.session_id and await self.ended.has(caller.session_id))
 
     async def _verify(self, token: str) -> Caller:
         try:
@@ -226,12 +232,13 @@ class Tokens:
             raise _refuse("invalid_token", "The token's signature or claims are not right") from None
         if user_id is None:
             raise _refuse("invalid_token", "The token names no user")
-        if self._clock_s() >= expires_at + _CLOCK_SKEW_S:
+        good_until_s = expires_at + _CLOCK_SKEW_S
+        if self._clock_s() >= good_until_s:
             raise _refuse("token_expired", "Refresh your session, or sign in again")
-        caller = Caller(user_id, role, session_id)
+        caller = Caller(user_id, role, session_id, good_until_s)
         if len(self._verified) >= _VERIFIED_MAX:
             self._verified.clear()  # simpler than an order of use, and as good: most are verified once
-        self._verified[token] = (caller, expires_at + _CLOCK_SKEW_S)
+        self._verified[token] = caller
         return caller
 
 
