@@ -46,7 +46,7 @@ from services.web.ids import order_number
 from services.web.tracing import traceparent
 from services.work.kinds import FORGET_CUSTOMER
 from services.work.steps import Again, Park, StepRun
-from services.work.worker import Handler
+from services.work.worker import STORE_REFUSED, Handler
 
 # Reason codes of steps that come again, and of those that are parked: docs/services.md lists them.
 PROVIDER_UNKNOWN: Final = "provider_unknown"
@@ -65,6 +65,7 @@ PARK_REASONS: Final = {
     VOID_REFUSED: "The provider does not give up an authorisation. Ask the provider, then retry.",
     "contended": "Others kept changing the order. Retry.",
     "mailer_failed": "The mailer takes no mail. Retry when it does.",
+    STORE_REFUSED: "The store takes no such change; the worker's log says why. Mend what it meets, then retry.",
     "unknown_kind": "No worker knows this kind of step, perhaps since all are of an older version. Retry after that.",
 }
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import time
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Any, Final, TypeVar, get_type_hints
@@ -28,11 +29,13 @@ import structlog
 from aiohttp import web
 from msgspec import Struct
 
+import kvstore
 from services.web.answers import LIMIT_HEADERS
 from services.web.bodies import BodyReader, RequestBody, field_error
 from services.web.clients import client_address
 from services.web.idempotency import Idempotency, IdempotencyKeys
 from services.web.ids import Id, parse_id
+from services.web.leases import forget_lost
 from services.web.limits import Limit
 from services.web.problems import PROBLEMS, Problem
 from services.web.tokens import Caller, Role, Tokens
@@ -126,12 +129,13 @@ _IDEMPOTENT: Final = frozenset({"idempotency_key_required", "invalid_idempotency
 class Call:
     """One request to an endpoint, checked."""
 
-    __slots__ = ("_caller", "_idempotency", "request")
+    __slots__ = ("_caller", "_idempotency", "is_repeated", "request")
 
     def __init__(self, request: web.Request) -> None:
         self.request = request
         self._caller: Caller | None = None
         self._idempotency: Idempotency | None = None
+        self.is_repeated = False  # for want of a lease, which is tried once
 
     @property
     def caller(self) -> Caller:
@@ -282,12 +286,19 @@ class Api:
                 body = arguments["body"] = await body_reader.read(request)
             else:
                 body = None
-            if declared.idempotent:
-                canonical = declared.path.format(**arguments) if path_readers else declared.path
-                call._idempotency = await keys.of(request, call.caller, canonical, body)
             if declared.condition is Condition.REQUIRED and "If-Match" not in request.headers:
                 raise Problem("precondition_required", "Send If-Match with the ETag of what you read")
-            return await handler(call, **arguments)
+            while True:
+                began_s = time.monotonic()
+                try:
+                    if declared.idempotent:
+                        canonical = declared.path.format(**arguments) if path_readers else declared.path
+                        call._idempotency = await keys.of(request, call.caller, canonical, body)
+                    return await handler(call, **arguments)
+                except kvstore.Refused as refusal:
+                    if call.is_repeated or not forget_lost(refusal, began_s):
+                        raise
+                call.is_repeated = True
 
         async def watched(request: web.Request) -> web.StreamResponse:
             try:

@@ -195,11 +195,11 @@ class StepRun:
         parked = kvstore.Delete(PARKED + _name(self.step.kind, self.step.subject))
         return await self._end(compare or [], [parked, *(success or [])])
 
-    async def again(self, code: str, after_s: float | None = None) -> None:
-        """Put it off. Raises `ClaimLost`."""
+    async def again(self, code: str, after_s: float | None = None, detail: str = "") -> None:
+        """Put it off; or park it, where that was the last attempt. Raises `ClaimLost`."""
         step = self.step
         if step.attempt + 1 >= ATTEMPTS_MAX:
-            await self.park(code, f"{ATTEMPTS_MAX} attempts failed")
+            await self.park(code, f"{ATTEMPTS_MAX} attempts failed{': ' if detail else ''}{detail}")
             return
         pause_s = backoff_s(step.attempt) if after_s is None else after_s
         due_ms = now_ms() + int(pause_s * 1000)

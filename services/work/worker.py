@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
@@ -17,6 +18,7 @@ import structlog
 import kvstore
 from services.web import tracing
 from services.web.ids import now_ms
+from services.web.leases import forget_lost
 from services.work.steps import Again, ClaimLost, Park, Step, StepRun, decode_step, steps_of
 
 # A dead worker's steps wait so long for another one; a keep-alive goes out three times meanwhile.
@@ -27,6 +29,8 @@ AT_ONCE_MAX: Final = 32
 LOOK_EVERY_S: Final = 2.0
 LOOK_AT: Final = 512  # more than a dozen workers may be at, so that what they leave is always seen
 PAUSE_S: Final = 1.0
+
+STORE_REFUSED: Final = "store_refused"
 
 Handler = Callable[[StepRun], Awaitable[None]]
 log = structlog.get_logger("services.work")
@@ -131,7 +135,7 @@ class Worker:
             await asyncio.sleep(PAUSE_S)
 
     async def _attempt(self, run: StepRun) -> None:
-        step = run.step
+        step, began_s = run.step, time.monotonic()
         handler = self._handlers.get(step.kind)
         try:
             if handler is None:
@@ -145,6 +149,13 @@ class Worker:
         except Park as park:
             log.error("step parked", kind=step.kind, subject=step.subject, code=park.code, detail=park.detail)
             await run.park(park.code, park.detail)
+        except kvstore.Refused as refused:
+            if refused.code == "conflict":  # others were quicker, again and again: as an outage, no attempt
+                raise
+            # No outage, which would pass: the same is refused the next time, unless it was for want of a lease.
+            forget_lost(refused, began_s)
+            log.error("step refused", kind=step.kind, subject=step.subject, attempt=step.attempt, exc_info=refused)
+            await run.again(STORE_REFUSED, detail=str(refused))
         except (ClaimLost, kvstore.KvError):
             raise
         except Exception as error:

@@ -175,6 +175,24 @@ async def test_too_many_attempts_and_what_cannot_succeed_are_parked(
     assert await store.get(DONE + b"a") is not None
 
 
+async def test_what_the_store_refuses_is_no_outage(store: kvstore.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was tried again for ever, without an attempt being counted."""
+    monkeypatch.setattr(steps, "BACKOFF_MIN_S", 0.001)
+    monkeypatch.setattr(steps, "ATTEMPTS_MAX", 3)
+
+    async def below_zero(run: StepRun) -> None:
+        await run.finish(success=[kvstore.Add(DONE, -1, min=0)])
+
+    async with working(store, kind=below_zero):
+        await store.txn(success=[steps.put("kind", "a")])
+        await all_done(store)
+    [record] = (await store.range(prefix=steps.PARKED)).records
+    parked = decode_parked(record.value)
+    assert (parked.code, parked.step.attempt) == ("store_refused", 2)
+    assert "out_of_range" in parked.detail
+    assert await count_of(store, steps.CLAIMS) == 0
+
+
 async def one_step(store: kvstore.Client) -> tuple[steps.Step, int]:
     await store.txn(success=[steps.put("kind", "a")])
     [record] = (await store.range(prefix=steps.STEPS)).records
