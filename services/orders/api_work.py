@@ -11,10 +11,11 @@ import kvstore
 from services.orders.records import encode
 from services.web.answers import json_response
 from services.web.endpoints import Access, Call, get, post
+from services.web.idempotency import refuse_and_store
 from services.web.ids import Timestamp, timestamp
 from services.web.paging import Page, PageQuery, page_of
 from services.web.problems import Problem
-from services.work.steps import PARKED, ParkedStep, decode_parked, unpark
+from services.work.steps import PARKED, ParkedStep, read_parked, unpark
 
 StepKind = Annotated[str, Meta(max_length=40, pattern=r"\A[a-z-]+\Z")]
 Subject = Annotated[str, Meta(max_length=64, pattern=r"\A[0-9A-Za-z-]+\Z")]
@@ -42,7 +43,7 @@ class WorkEndpoints:
         """List what workers gave up, by kind and subject"""
 
         async def read(records: list[kvstore.Record]) -> list[ParkedStepBody]:
-            return [_body(decode_parked(record.value)) for record in records]
+            return [_body(read_parked(record)) for record in records]
 
         return json_response(encode(await page_of(self._store, PARKED, query, read)))
 
@@ -50,12 +51,16 @@ class WorkEndpoints:
     async def retry_parked_step(self, call: Call, kind: StepKind, subject: Subject) -> web.Response:
         """Give a step back to the workers, as if new"""
         idempotency = call.idempotency
-        answered = await self._store.get(idempotency.key)
-        if answered is not None:
-            return idempotency.replay(answered)
-        found = await unpark(self._store, kind, subject, lambda parked: idempotency.put(200, encode(_body(parked))))
-        if found is None:
-            raise Problem("not_found", "No such step is parked")
+        found = await unpark(
+            self._store,
+            kind,
+            subject,
+            also=lambda parked: idempotency.put(200, encode(_body(parked))),
+            compare=[idempotency.absent],
+        )
+        if found is None:  # or this was answered before
+            gone = Problem("not_found", "No such step is parked, or none that this version can read")
+            return await refuse_and_store(self._store, idempotency, gone, call.request)
         return json_response(encode(_body(found)))
 
 

@@ -195,7 +195,7 @@ class Catalogue:
             if answered.records:
                 return idempotency.replay(answered.records[0])
             if not product.records:
-                raise no_product(sku)
+                return await refuse_and_store(self._store, idempotency, no_product(sku), request)
         raise RuntimeError(f"no free adjustment id after {_ADJUST_ATTEMPTS} draws")
 
     async def adjustments(self, sku: str, query: PageQuery) -> Page[AdjustmentBody] | None:

@@ -45,7 +45,7 @@ from services.payments.provider import (
 from services.web.ids import order_number
 from services.web.tracing import traceparent
 from services.work.kinds import FORGET_CUSTOMER
-from services.work.steps import Again, Park, StepRun
+from services.work.steps import UNREADABLE, Again, Park, StepRun
 from services.work.worker import STORE_REFUSED, Handler
 
 # Reason codes of steps that come again, and of those that are parked: docs/services.md lists them.
@@ -66,6 +66,7 @@ PARK_REASONS: Final = {
     "contended": "Others kept changing the order. Retry.",
     "mailer_failed": "The mailer takes no mail. Retry when it does.",
     STORE_REFUSED: "The store takes no such change; the worker's log says why. Mend what it meets, then retry.",
+    UNREADABLE: "This version cannot read the step: a newer one wrote it, or it is damaged. Retry when all are as new.",
     "unknown_kind": "No worker knows this kind of step, perhaps since all are of an older version. Retry after that.",
 }
 

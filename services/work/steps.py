@@ -25,11 +25,15 @@ that it writes remember it, and `tracing.traceparent()` is to be passed on to wh
 
 A handler that fails says how: `Again` (later, with backoff) or `Park` (no attempt will help). Too many attempts park a
 step as well; `unpark` gives it back.
+
+What this version cannot read (a newer one wrote it, or it is damaged) is parked as it is (`park_unread`), and given
+back as it was: whoever can read it then does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -47,6 +51,12 @@ PARKED: Final = b"parked/"
 BACKOFF_MIN_S: Final = 0.5
 BACKOFF_MAX_S: Final = 300.0
 ATTEMPTS_MAX: Final = 34
+# Each time somebody else parked the very step anew meanwhile, after an attempt at it.
+_UNPARK_RACES_MAX: Final = 8
+
+UNREADABLE: Final = "unreadable"
+_AFTER_QUEUE: Final = re.compile(rb"([0-9]{16})/([!-.0-~]+)/([!-~]+)\Z")
+_NAME: Final = re.compile(rb"parked/([!-.0-~]+)/([!-~]+)\Z")
 
 
 class Step(Struct, frozen=True, tag_field="v", tag=1):
@@ -69,10 +79,13 @@ class Step(Struct, frozen=True, tag_field="v", tag=1):
 
 
 class ParkedStep(Struct, frozen=True, tag_field="v", tag=1):
+    """`unread` is the step's record where it could not be read: of `step` only what the key says is true then."""
+
     step: Step
     code: str
     detail: str
     parked_ms: int
+    unread: bytes = b""
 
 
 class Again(Exception):
@@ -105,6 +118,34 @@ _encode = msgspec.json.Encoder().encode
 def steps_of(queue: str) -> bytes:
     """What the keys of a queue's steps begin with."""
     return f"step-{queue}/".encode() if queue else STEPS
+
+
+def step_at(key: bytes, queue: str = "") -> Step | None:
+    """What the key of a step says of it; None if it is none."""
+    match = _AFTER_QUEUE.match(key, len(steps_of(queue)))
+    if match is None:
+        return None
+    due_ms = int(match[1])
+    return Step(match[2].decode(), match[3].decode(), due_ms, due_ms, queue=queue)
+
+
+def read_step(record: kvstore.Record) -> Step | None:
+    """None if this version cannot read it, or it is not where it belongs."""
+    try:
+        step = decode_step(record.value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return step if step.key == record.key else None
+
+
+def read_parked(record: kvstore.Record) -> ParkedStep:
+    """One that this version cannot read is `UNREADABLE`, and cannot be given back."""
+    try:
+        return decode_parked(record.value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        match = _NAME.match(record.key)
+        kind, subject = (match[1].decode(), match[2].decode()) if match is not None else ("", "")
+        return ParkedStep(Step(kind, subject, 0, 0), UNREADABLE, "The record of what was parked cannot be read", 0)
 
 
 def step_key(kind: str, subject: str, due_ms: int, queue: str = "") -> bytes:
@@ -244,19 +285,58 @@ class StepRun:
         return False
 
 
+async def park_unread(store: kvstore.Client, record: kvstore.Record, step: Step) -> bool:
+    """Leave a step that cannot be read to people; `step` is what its key says. False, and nothing is changed, if it has
+    changed, or a worker of another version is at it."""
+    claim = CLAIMS + _name(step.kind, step.subject)
+    parked = ParkedStep(step, UNREADABLE, "This version of the worker cannot read the step", now_ms(), record.value)
+    result = await store.txn(
+        compare=[
+            kvstore.Compare(claim, kvstore.Target.VERSION, kvstore.Relation.EQUAL, 0),
+            kvstore.Compare(record.key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, record.mod_revision),
+        ],
+        success=[
+            kvstore.Delete(record.key),
+            kvstore.Put(PARKED + _name(step.kind, step.subject), _encode(parked)),
+        ],
+    )
+    return result.succeeded
+
+
 async def unpark(
-    store: kvstore.Client, kind: str, subject: str, also: Callable[[ParkedStep], kvstore.Operation] | None = None
+    store: kvstore.Client,
+    kind: str,
+    subject: str,
+    also: Callable[[ParkedStep], kvstore.Operation] | None = None,
+    compare: Sequence[kvstore.Compare] = (),
 ) -> ParkedStep | None:
-    """Give a parked step back to the workers, as if new, and with it write what `also` says. What was parked; None if
-    there is none, or not any more."""
+    """Give a parked step back to the workers, as if new, and with it write what `also` says. What was parked; None, and
+    nothing is changed, if there is none (or none that can be read), or one of `compare` does not hold."""
     key = PARKED + _name(kind, subject)
     record = await store.get(key)
-    if record is None:
-        return None
-    parked = decode_parked(record.value)
-    step = msgspec.structs.replace(parked.step, due_ms=now_ms(), attempt=0)
-    result = await store.txn(
-        compare=[kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, record.mod_revision)],
-        success=[kvstore.Delete(key), _put(step), *([also(parked)] if also is not None else [])],
-    )
-    return parked if result.succeeded else None
+    for _ in range(_UNPARK_RACES_MAX):
+        if record is None:
+            return None
+        parked = read_parked(record)
+        if parked.code == UNREADABLE and not parked.unread:
+            return None
+        if parked.unread:
+            given_back = kvstore.Put(parked.step.key, parked.unread)
+        else:
+            given_back = _put(msgspec.structs.replace(parked.step, due_ms=now_ms(), attempt=0))
+        result = await store.txn(
+            compare=[
+                kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, record.mod_revision),
+                *compare,
+            ],
+            success=[kvstore.Delete(key), given_back, *([also(parked)] if also is not None else [])],
+            failure=[kvstore.Range(key)],
+        )
+        if result.succeeded:
+            return parked
+        [found] = result.results
+        assert isinstance(found, kvstore.RangeResult)
+        before, record = record, found.records[0] if found.records else None
+        if record is not None and record.mod_revision == before.mod_revision:
+            return None
+    raise kvstore.Refused(f"{kind} {subject} was parked anew each time", code="conflict")

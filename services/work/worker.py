@@ -19,7 +19,7 @@ import kvstore
 from services.web import tracing
 from services.web.ids import now_ms
 from services.web.leases import forget_lost
-from services.work.steps import Again, ClaimLost, Park, Step, StepRun, decode_step, steps_of
+from services.work.steps import Again, ClaimLost, Park, Step, StepRun, park_unread, read_step, step_at, steps_of
 
 # A dead worker's steps wait so long for another one; a keep-alive goes out three times meanwhile.
 LEASE_S: Final = 10.0
@@ -48,6 +48,7 @@ class Worker:
     ) -> None:
         self._store = store
         self._handlers = handlers
+        self._queue = queue
         self._steps = steps_of(queue)
         self._lease_s = lease_s
         self._chance = chance or random.Random()
@@ -96,7 +97,8 @@ class Worker:
         """Begin what is due, as far as there is room. How many seconds to wait if nothing happens."""
         now = now_ms()
         found = await self._store.range(self._steps, b"%b%016d0" % (self._steps, now), limit=LOOK_AT)
-        due = [(decode_step(record.value), record.mod_revision) for record in found.records]
+        read = [(await self._read(record), record.mod_revision) for record in found.records]
+        due = [(step, revision) for step, revision in read if step is not None]
         self._chance.shuffle(due)  # so that workers seldom want the same one
         for step, revision in due:
             if len(self._running) >= AT_ONCE_MAX:
@@ -110,9 +112,20 @@ class Worker:
         end = kvstore.prefix_end(self._steps)
         following = await self._store.range(b"%b%016d0" % (self._steps, now), end, limit=1)
         if following.records:
-            due_ms = decode_step(following.records[0].value).due_ms
-            return min(LOOK_EVERY_S, max(0.0, (due_ms - now_ms()) / 1000))
+            coming = step_at(following.records[0].key, self._queue)
+            if coming is not None:
+                return min(LOOK_EVERY_S, max(0.0, (coming.due_ms - now_ms()) / 1000))
         return LOOK_EVERY_S
+
+    async def _read(self, record: kvstore.Record) -> Step | None:
+        """One that cannot be read is parked: the rest must not wait for it."""
+        step = read_step(record)
+        if step is None:
+            said = step_at(record.key, self._queue)
+            # Nothing that is no step's key was ever written there: it stays, and is told with each look.
+            parked = said is not None and await park_unread(self._store, record, said)
+            log.error("step cannot be read", key=record.key.decode(errors="replace"), parked=parked)
+        return step
 
     def _done(self, name: tuple[str, str], _: asyncio.Task[None]) -> None:
         del self._running[name]

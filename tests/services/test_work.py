@@ -193,6 +193,61 @@ async def test_what_the_store_refuses_is_no_outage(store: kvstore.Client, monkey
     assert await count_of(store, steps.CLAIMS) == 0
 
 
+@pytest.mark.parametrize("value", [b'{"v":2,"kind":"kind"}', b"nonsense", b'{"v":1,"kind":"x\xff"}', b"[" * 5000])
+async def test_a_step_that_cannot_be_read_is_parked_and_given_back_as_it_was(
+    store: kvstore.Client, value: bytes
+) -> None:
+    """It ended the worker, and each one that followed."""
+    key = steps.step_key("kind", "bad", 1)
+    await store.put(key, value)
+    async with working(store, kind=counted):
+        await store.txn(success=[steps.put("kind", "good")])
+        await all_done(store)
+    assert await count_of(store, DONE) == 1
+    [record] = (await store.range(prefix=steps.PARKED)).records
+    parked = decode_parked(record.value)
+    assert (parked.code, parked.step.kind, parked.step.subject) == ("unreadable", "kind", "bad")
+    assert await steps.unpark(store, "kind", "bad")
+    given_back = await store.get(key)
+    assert given_back is not None
+    assert given_back.value == value
+    assert await count_of(store, steps.PARKED) == 0
+
+
+async def test_a_step_that_a_newer_worker_is_at_is_left_to_it(store: kvstore.Client) -> None:
+    key = steps.step_key("kind", "bad", 1)
+    await store.put(key, b'{"v":2}')
+    record = await store.get(key)
+    assert record is not None
+    said = steps.step_at(key)
+    assert said is not None
+    await store.put(steps.CLAIMS + b"kind/bad", b"")
+    assert not await steps.park_unread(store, record, said)
+    assert await store.get(key) == record
+
+
+async def test_keys_that_are_none_of_a_step_stop_nobody(store: kvstore.Client) -> None:
+    await store.put(b"step/0000000000000001", b"")
+    await store.put(b"step/0/kind/a", b"")
+    async with working(store, kind=counted):
+        await store.txn(success=[steps.put("kind", "good")])
+
+        async def done() -> bool:
+            return await count_of(store, DONE) == 1
+
+        await until(done)
+    assert await count_of(store, steps.STEPS) == 2
+
+
+async def test_what_is_parked_and_cannot_be_read_is_shown_and_stays(store: kvstore.Client) -> None:
+    await store.put(steps.PARKED + b"kind/a", b'{"v":2}')
+    [record] = (await store.range(prefix=steps.PARKED)).records
+    parked = steps.read_parked(record)
+    assert (parked.code, parked.step.kind, parked.step.subject) == ("unreadable", "kind", "a")
+    assert await steps.unpark(store, "kind", "a") is None
+    assert await count_of(store, steps.PARKED) == 1
+
+
 async def one_step(store: kvstore.Client) -> tuple[steps.Step, int]:
     await store.txn(success=[steps.put("kind", "a")])
     [record] = (await store.range(prefix=steps.STEPS)).records
