@@ -2,6 +2,9 @@
 
 Commands of people (`change`) come with an Idempotency-Key, whose record is part of the transaction; durable steps
 (`finish`) come with a claim, which is. Either way the change is there if and only if it is known to have happened.
+
+An order is read in one transaction; one that has grown beyond a result of the store (1 MiB) is read in pages, all at
+the revision of the first. However many parts there are, and however long, an order can be read and so be changed.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ _PAUSE_S: Final = 0.1
 R = TypeVar("R")
 # What a command did: the body of its answer, and where what it made can be read, if it made something.
 Said = tuple[bytes, str]
+Records = tuple[kvstore.Record, ...]
 
 
 class OrderBook:
@@ -37,8 +41,8 @@ class OrderBook:
 
     async def read(self, order_id: int) -> Whole | None:
         """None if there is no such order."""
-        result = await self._store.txn(success=[*reads(order_id)])
-        return whole_of(result.results)
+        _, whole = await self._read(order_id)
+        return whole
 
     async def read_for(self, call: Call, order_id: int) -> Whole:
         """For who asks: its owner, or staff. Raises `Problem` `not_found`: another's and none at all look the same."""
@@ -52,14 +56,11 @@ class OrderBook:
         answer that names a place is a 201. Raises `Problem`, also `not_found` as `read_for` does."""
         idempotency = call.idempotency
         for _ in range(ATTEMPTS_MAX):
-            read = await self._store.txn(success=[idempotency.read, *reads(order_id)])
-            answered, *found = read.results
-            whole = whole_of(tuple(found))
+            (answered,), whole = await self._read(order_id, idempotency.read)
             if whole is None or not may_see(call, whole.order.user_id):
                 raise no_order()
-            assert isinstance(answered, kvstore.RangeResult)
-            if answered.records:
-                return idempotency.replay(answered.records[0])
+            if answered:
+                return idempotency.replay(answered[0])
             draft = Draft(whole, now_ms(), call.caller.user_id)
             try:
                 body, location = decide(draft)
@@ -99,6 +100,22 @@ class OrderBook:
             if await run.finish([draft.unchanged], draft.operations()):
                 return
         raise Again("contended", _PAUSE_S)
+
+    async def _read(self, order_id: int, *also: kvstore.Range) -> tuple[list[Records], Whole | None]:
+        """What `also` finds, and the order, as of one moment."""
+        order, *parts = reads(order_id)
+        try:
+            result = await self._store.txn(success=[*also, order, *parts])
+            found = [one.records for one in result.results if isinstance(one, kvstore.RangeResult)]
+        except kvstore.Refused as refused:
+            if refused.code != "result_too_large":
+                raise
+            result = await self._store.txn(success=[*also, order])
+            found = [one.records for one in result.results if isinstance(one, kvstore.RangeResult)]
+            for one in parts:
+                pages = self._store.scan(one.start, one.end, revision=result.revision)
+                found.append(tuple([record async for record in pages]))
+        return found[: len(also)], whole_of(found[len(also) :])
 
 
 def may_see(call: Call, user_id: int) -> bool:

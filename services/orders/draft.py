@@ -16,6 +16,7 @@ What a draft always does
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -77,16 +78,15 @@ class Whole(Struct, frozen=True):
 
 
 def reads(order_id: int) -> list[kvstore.Range]:
-    """For one transaction; `whole_of` makes a `Whole` of the results. (A draft bounds how many parts there are.)"""
+    """The order, then its parts; `whole_of` makes a `Whole` of what each finds. (Rules bound how many parts there
+    are.)"""
     prefixes = (part_prefix(kind, order_id) for kind in ("payment", "refund", "shipment", "return"))
     return [kvstore.Range(order_key(order_id)), *(kvstore.Range(one, kvstore.prefix_end(one)) for one in prefixes)]
 
 
-def whole_of(results: tuple[kvstore.model.Result, ...]) -> Whole | None:
+def whole_of(results: Sequence[tuple[kvstore.Record, ...]]) -> Whole | None:
     """None if there is no such order."""
-    found, payments, refunds, shipments, returns = (
-        result.records for result in results if isinstance(result, kvstore.RangeResult)
-    )
+    found, payments, refunds, shipments, returns = results
     if not found:
         return None
     return Whole(

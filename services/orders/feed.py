@@ -94,7 +94,7 @@ class EventFeed:
                     event = decode_event(record.value)
                     after = event.seq
                     await _write(response, _frame(event))
-                if len(found.records) < _PAGE:
+                if not found.more:  # a page may be shorter, as large events fill it sooner
                     break
                 found = await self._read(order_id, after)
             await self._follow(request, response, caller, order_id, found.revision + 1, after)

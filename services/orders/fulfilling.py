@@ -10,12 +10,16 @@ import msgspec
 from services.orders import paying
 from services.orders.draft import Draft, settle
 from services.orders.records import OrderLine, Quantity, Return, Shipment, ShipTo
-from services.orders.states import RETURN, SHIPMENT, OrderState, ReturnEvent, ShipmentEvent
+from services.orders.states import RETURN, SHIPMENT, OrderState, ReturnEvent, ReturnState, ShipmentEvent
 from services.web.problems import FieldError, Problem
 
-# Parts of an order are read with it, all of them; its lines are a hundred at most.
-SHIPMENTS_MAX: Final = 100
-RETURNS_MAX: Final = 100
+# Parts of an order are read with it, all of them, and each has up to a hundred lines, so 12 KB at worst, or 24 with
+# what is restocked: with the order and its refunds they are meant to fit one result of the store, 1 MiB. No order is
+# known that was sent in twenty parcels.
+SHIPMENTS_MAX: Final = 20
+RETURNS_MAX: Final = 20
+# Whoever asks for more before anybody has looked is no customer who found another fault.
+OPEN_RETURNS_MAX: Final = 5
 
 
 def checked(
@@ -91,6 +95,8 @@ def request_return(draft: Draft, quantities: tuple[Quantity, ...], reason: str) 
         raise Problem("order_state", f"Nothing of an order that is {order.state} can be returned")
     if order.returns >= RETURNS_MAX:
         raise Problem("order_state", f"An order has {RETURNS_MAX} returns at most")
+    if sum(one.state is ReturnState.REQUESTED for one in draft.returns.values()) >= OPEN_RETURNS_MAX:
+        raise Problem("order_state", f"{OPEN_RETURNS_MAX} returns wait to be decided: ask again after that")
     state = RETURN.next(None, ReturnEvent.REQUEST)
     for line, quantity in checked(
         draft, quantities, lambda line: line.delivered - line.returning - line.returned, "can be returned"

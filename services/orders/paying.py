@@ -31,8 +31,8 @@ from services.web.problems import Problem, field_problem
 
 # Twenty declined cards are no customer who looks for the right one; parts of an order are read with it, all of them.
 PAYMENTS_MAX: Final = 20
-REFUNDS_MAX: Final = 100
-CAPTURES_MAX: Final = 100
+REFUNDS_MAX: Final = 50
+CAPTURES_MAX: Final = 20
 
 REASON_CANCELLED: Final = "order_cancelled"
 LATE_CAPTURE: Final = "late_capture"

@@ -65,7 +65,7 @@ async def page_of(
         end = prefix + after_cursor(query.starting_after)[:-1]
     found = await store.range(start, end, limit=query.limit + 1, reverse=reverse)
     records = list(found.records[: query.limit])
-    has_more = len(found.records) > query.limit
+    has_more = found.more or len(found.records) > query.limit  # large records fill a result of the store sooner
     cursor = cursor_of(records[-1].key[len(prefix) :]) if has_more else None
     return Page(await read(records), has_more, cursor)
 

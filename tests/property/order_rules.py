@@ -65,7 +65,9 @@ class OrderRules(RuleBasedStateMachine):
         self.now_ms = 1
         limits = {"PAYMENTS_MAX": 3, "REFUNDS_MAX": 3, "CAPTURES_MAX": 3}
         self.patches = [patch.object(paying, name, value) for name, value in limits.items()]
-        self.patches += [patch.object(fulfilling, name, 3) for name in ("SHIPMENTS_MAX", "RETURNS_MAX")]
+        self.patches += [
+            patch.object(fulfilling, name, 3) for name in ("SHIPMENTS_MAX", "RETURNS_MAX", "OPEN_RETURNS_MAX")
+        ]
         self.patches.append(patch.object(steps, "now_ms", lambda: self.now_ms))
         for one in self.patches:
             one.start()
@@ -134,7 +136,7 @@ class OrderRules(RuleBasedStateMachine):
     # --- what is there ------------------------------------------------------------------------------------------------
 
     def whole(self) -> Whole:
-        found = whole_of(tuple(self.shelf.range(one) for one in reads(ORDER_ID)))
+        found = whole_of([self.shelf.range(one).records for one in reads(ORDER_ID)])
         assert found is not None
         return found
 
