@@ -13,7 +13,7 @@ from services.orders.steps import PARK_REASONS
 from services.work.steps import decode_parked, decode_step
 
 UNDER_WAY: Final = ("created", "authorising", "unknown", "requires_action", "capturing", "voiding")
-UNANSWERED: Final = ("authorising", "unknown", "voiding")
+UNDECIDED: Final = ("authorising", "unknown", "requires_action", "voiding")
 STEPS: Final = b"step/"
 PARKED: Final = b"parked/"
 
@@ -25,9 +25,9 @@ STEP_KEY: Final = declare("step_key", "Every durable step stands at the key that
 
 @ORDER_CHECKS("forgotten_expiry")
 def forgotten_expiry(case: Case) -> Iterator[Difference]:
-    """Every order that waits to be paid has a step that will let it expire, or a payment of which the provider has not
-    said yet what becomes of it. (A customer who has to open a page may never do so.)"""
-    if case.order.state != "pending_payment" or any(payment.state in UNANSWERED for payment in case.payments):
+    """Every order that waits to be paid has a step that will let it expire, or a payment of which the provider or the
+    customer has not said yet what becomes of it: that one's own step lets it expire then."""
+    if case.order.state != "pending_payment" or any(payment.state in UNDECIDED for payment in case.payments):
         return
     if not case.work.has("expire", str(case.order.id)):
         yield Difference(case.key, f"a step expire/{case.order.id}", "none")

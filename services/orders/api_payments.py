@@ -112,7 +112,7 @@ class PaymentEndpoints:
 
         def decide(draft: Draft) -> Said:
             payment = paying.payment_of(draft, attempt)
-            draft.due(PAYMENT_STEP, payment_subject(id, attempt))
+            draft.due(PAYMENT_STEP, payment_subject(id, attempt), once=True)
             return encode(bodies.payment_of(payment)), ""
 
         return await self._book.change(call, id, decide)
@@ -197,9 +197,9 @@ class WebhookEndpoints:
             order, attempt, operation = event.key.split(":")
             name, _, number = operation.partition("-")
             if name == Operation.REFUND:
-                step = steps.put(REFUND_STEP, payment_subject(int(order), int(number or 1)))
+                step = steps.put(REFUND_STEP, payment_subject(int(order), int(number or 1)), once=True)
             else:
-                step = steps.put(PAYMENT_STEP, payment_subject(int(order), int(attempt)))
+                step = steps.put(PAYMENT_STEP, payment_subject(int(order), int(attempt)), once=True)
             key = inbox_key(provider, event.id)
             mark = encode(InboxMark(event.kind, event.key, now_ms()))
             await self._store.txn(

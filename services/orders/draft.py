@@ -234,9 +234,9 @@ class Draft:
     def _held_key(self, sku: str) -> bytes:
         return _HELD_KEYS[self.order.stock](sku)
 
-    def due(self, kind: str, subject: str, *, at_ms: int = 0) -> None:
-        """A durable step, from now on or from a later moment."""
-        step = steps.put(kind, subject, due_ms=max(self.now_ms, at_ms))
+    def due(self, kind: str, subject: str, *, at_ms: int = 0, once: bool = False) -> None:
+        """A durable step, from now on or from a later moment; with `once` a look now at what is due anyway."""
+        step = steps.put(kind, subject, due_ms=max(self.now_ms, at_ms), once=once)
         self._writes[step.key] = step
 
     # --- for the store ------------------------------------------------------------------------------------------------

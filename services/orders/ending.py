@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from services.orders import paying
-from services.orders.draft import Draft, settle
+from services.orders.draft import EXPIRY_STEP, PAYMENT_STEP, Draft, payment_subject, settle
 from services.orders.fulfilling import checked
 from services.orders.records import Quantity, StockHeld
 from services.orders.states import OrderEvent, OrderState, PaymentState
@@ -45,12 +45,19 @@ def cancel_lines(draft: Draft, quantities: tuple[Quantity, ...], reason: str) ->
 
 def expire(draft: Draft) -> None:
     """Its time to be paid is over. While a payment is in flight nothing happens: when that has ended, and the order
-    still waits to be paid, expiry is due again (`settle`)."""
-    if draft.order.state is not OrderState.PENDING_PAYMENT:
+    still waits to be paid, expiry is due again (`settle`). A payment that waits for the customer is asked about at
+    once: who has said yes in time has paid; of one that still waits its own step makes an end."""
+    order = draft.order
+    if order.state is not OrderState.PENDING_PAYMENT:
+        return
+    if draft.now_ms < order.expires_ms:
+        draft.due(EXPIRY_STEP, str(order.id), at_ms=order.expires_ms)
         return
     payment = draft.live_payment
-    if payment is not None and payment.state in (PaymentState.CREATED, PaymentState.REQUIRES_ACTION):
+    if payment is not None and payment.state is PaymentState.CREATED:
         paying.withdraw(draft, payment)
+    elif payment is not None and payment.state is PaymentState.REQUIRES_ACTION:
+        draft.due(PAYMENT_STEP, payment_subject(order.id, payment.attempt), once=True)
     if draft.live_payment is None:
         draft.hold_stock_as(StockHeld.NONE)
         draft.advance(OrderEvent.EXPIRE)

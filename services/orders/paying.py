@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from services.orders.draft import EXPIRY_STEP, PAYMENT_STEP, REFUND_STEP, Draft, payment_subject, settle
+from services.orders.draft import PAYMENT_STEP, REFUND_STEP, Draft, payment_subject, settle
 from services.orders.records import CaptureMode, Order, Payment, Refund, StockHeld
 from services.orders.states import (
     IN_FLIGHT,
@@ -33,6 +33,8 @@ from services.web.problems import Problem, field_problem
 PAYMENTS_MAX: Final = 20
 REFUNDS_MAX: Final = 50
 CAPTURES_MAX: Final = 20
+# The provider says by webhook when the customer has been there; this is for webhooks that are lost.
+ACTION_POLL_MS: Final = 15_000
 
 REASON_CANCELLED: Final = "order_cancelled"
 LATE_CAPTURE: Final = "late_capture"
@@ -188,13 +190,21 @@ def lost(draft: Draft, attempt: int) -> None:
 def action_required(draft: Draft, attempt: int, charge: str, url: str) -> None:
     payment = payment_of(draft, attempt)
     state = PAYMENT.next(payment.state, PaymentEvent.ASK)
-    payment = draft.set_payment(msgspec.structs.replace(payment, state=state, charge=charge, action_url=url))
-    if payment.is_unwanted:
+    draft.set_payment(msgspec.structs.replace(payment, state=state, charge=charge, action_url=url))
+    wait_for_customer(draft, attempt)
+
+
+def wait_for_customer(draft: Draft, attempt: int, asked_ms: int = 0) -> None:
+    """The customer has not decided yet, and may never come back: until the time to pay is over the provider is asked
+    again from time to time. By one step, however often it is asked in between: `asked_ms` is when the one was due that
+    asked now."""
+    order, payment = draft.order, payment_of(draft, attempt)
+    if payment.is_unwanted or draft.now_ms >= order.expires_ms:
         withdraw(draft, payment)
-    elif draft.order.state is OrderState.PENDING_PAYMENT:
-        # Expiry may have come, and gone because nobody knew how the payment ends. Now it is up to the customer, who
-        # may never come back.
-        draft.due(EXPIRY_STEP, str(draft.order.id), at_ms=draft.order.expires_ms)
+    elif payment.poll_ms <= max(draft.now_ms, asked_ms):
+        poll_ms = draft.now_ms + ACTION_POLL_MS
+        draft.set_payment(msgspec.structs.replace(payment, poll_ms=poll_ms))
+        draft.due(PAYMENT_STEP, payment_subject(order.id, attempt), at_ms=poll_ms)
 
 
 def authorised(draft: Draft, attempt: int, charge: Charge) -> None:

@@ -165,7 +165,8 @@ class CaptureMode(StrEnum):
 class Payment(Struct, frozen=True, tag_field="v", tag=1):
     """One attempt to pay an order. `request_key` is that of the request that is under way, or was last: stored before
     the provider is called. `capture_amount` and `captures` are the amount and number of the newest capture.
-    `is_unwanted`: the order has ended meanwhile, so what comes of this is given back."""
+    `is_unwanted`: the order has ended meanwhile, so what comes of this is given back. `poll_ms`: when the provider is
+    asked next what its customer has decided."""
 
     order_id: int
     attempt: int
@@ -188,6 +189,7 @@ class Payment(Struct, frozen=True, tag_field="v", tag=1):
     is_unwanted: bool = False
     failure: str = ""
     detail: str = ""
+    poll_ms: int = 0
 
 
 class Refund(Struct, frozen=True, tag_field="v", tag=1):

@@ -21,7 +21,7 @@ import structlog
 import kvstore
 from services.orders import ending, paying
 from services.orders.book import OrderBook
-from services.orders.draft import EXPIRY_STEP, PAYMENT_STEP, REFUND_STEP, Draft, payment_subject
+from services.orders.draft import EXPIRY_STEP, PAYMENT_STEP, REFUND_STEP, Draft
 from services.orders.forgetting import forget_customer
 from services.orders.records import Payment
 from services.orders.records import Refund as RefundRecord
@@ -69,9 +69,6 @@ PARK_REASONS: Final = {
     UNREADABLE: "This version cannot read the step: a newer one wrote it, or it is damaged. Retry when all are as new.",
     "unknown_kind": "No worker knows this kind of step, perhaps since all are of an older version. Retry after that.",
 }
-
-# The provider says by webhook when the customer has been there; this is for webhooks that are lost.
-ACTION_POLL_MS: Final = 15_000
 
 log = structlog.get_logger("services.orders")
 
@@ -186,8 +183,8 @@ class OrderSteps:
                 case RequiresAction():
                     if payment.state is not PaymentState.REQUIRES_ACTION:
                         paying.action_required(draft, attempt, result.charge_id, result.url)
-                    subject = payment_subject(order_id, attempt)
-                    draft.due(PAYMENT_STEP, subject, at_ms=draft.now_ms + ACTION_POLL_MS)
+                    else:
+                        paying.wait_for_customer(draft, attempt, run.step.due_ms)
                 case Pending():
                     raise Again(PROVIDER_PENDING)
                 case None:

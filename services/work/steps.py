@@ -8,9 +8,10 @@
 | `parked/{kind}/{subject}` | `ParkedStep`: needs a person |
 
 A step is written by the transaction that makes it necessary (`put`), so it is there if and only if its cause is. It is
-named by its kind and subject (`expire`, `order/12`), so that the same cause cannot ask for it twice. Workers look at
-one queue, so that those of one service neither park nor wait for what only another's can do; kinds are unique among
-all queues.
+named by its kind and subject (`expire`, `order/12`), so that the same cause cannot ask for it twice. One that asks to
+look at once at what is due anyway (a webhook does) is tried once (`once`): it has a key of its own, however often it is
+asked for, and if it fails nothing comes of it. Workers look at one queue, so that those of one service neither park nor
+wait for what only another's can do; kinds are unique among all queues.
 
 Doing it
 1. A worker creates the claim, in a transaction that compares that there is none and that the step is as it was seen.
@@ -61,7 +62,8 @@ _NAME: Final = re.compile(rb"parked/([!-.0-~]+)/([!-~]+)\Z")
 
 class Step(Struct, frozen=True, tag_field="v", tag=1):
     """`arguments` are what its handler needs beside the subject. `code` says why the last attempt failed;
-    `traceparent` is that of the request that it follows from."""
+    `traceparent` is that of the request that it follows from. `once`: it is neither put off nor parked, since another
+    one for the same subject is."""
 
     kind: str
     subject: str
@@ -72,6 +74,7 @@ class Step(Struct, frozen=True, tag_field="v", tag=1):
     code: str = ""
     queue: str = ""
     traceparent: str = ""
+    once: bool = False
 
     @property
     def key(self) -> bytes:
@@ -159,13 +162,16 @@ def put(
     due_ms: int | None = None,
     queue: str = "",
     traceparent: str | None = None,
+    once: bool = False,
     **arguments: Any,
 ) -> kvstore.Put:
     """For the transaction that makes the step necessary; due at once unless `due_ms` says when. It belongs to the trace
-    of whatever this is called from, unless `traceparent` says otherwise."""
+    of whatever this is called from, unless `traceparent` says otherwise. With `once` its key holds no time: it stands
+    beside the step that is due, not in its place, and several are one."""
     now = now_ms()
     trace = tracing.traceparent() if traceparent is None else traceparent
-    return _put(Step(kind, subject, now if due_ms is None else due_ms, now, arguments, queue=queue, traceparent=trace))
+    due = 0 if once else now if due_ms is None else due_ms
+    return _put(Step(kind, subject, due, now, arguments, queue=queue, traceparent=trace, once=once))
 
 
 def cancel(kind: str, subject: str, due_ms: int, queue: str = "") -> kvstore.Delete:
@@ -239,6 +245,9 @@ class StepRun:
     async def again(self, code: str, after_s: float | None = None, detail: str = "") -> None:
         """Put it off; or park it, where that was the last attempt. Raises `ClaimLost`."""
         step = self.step
+        if step.once:
+            await self._end([], [])
+            return
         if step.attempt + 1 >= ATTEMPTS_MAX:
             await self.park(code, f"{ATTEMPTS_MAX} attempts failed{': ' if detail else ''}{detail}")
             return
@@ -249,6 +258,9 @@ class StepRun:
 
     async def park(self, code: str, detail: str) -> None:
         """Leave it to people. Raises `ClaimLost`."""
+        if self.step.once:
+            await self._end([], [])
+            return
         parked = ParkedStep(self.step, code, detail, now_ms())
         key = PARKED + _name(self.step.kind, self.step.subject)
         await self._end([], [kvstore.Put(key, _encode(parked))])

@@ -338,7 +338,8 @@ class OrderRules(RuleBasedStateMachine):
                 case "action":
                     if payment.state != "requires_action":
                         paying.action_required(draft, attempt, account.id, "https://bank.example")
-                    draft.due("payment", step.subject, at_ms=draft.now_ms + 100)
+                    else:
+                        paying.wait_for_customer(draft, attempt, step.due_ms)
                 case state:
                     assert state == "pending"
                     draft.due("payment", step.subject, at_ms=draft.now_ms + 1)  # the step comes again

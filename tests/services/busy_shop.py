@@ -176,8 +176,13 @@ async def _expire(paid: PaidShop, order_id: int) -> None:
     """As its step would, later."""
     from services.orders import ending
     from services.orders.book import OrderBook
+    from services.orders.draft import Draft
 
-    assert await OrderBook(paid.shop.store).apply(order_id, ending.expire)
+    def expire(draft: Draft) -> None:
+        draft.now_ms = draft.order.expires_ms
+        ending.expire(draft)
+
+    assert await OrderBook(paid.shop.store).apply(order_id, expire)
 
 
 _ADDRESS = {"name": "Ada", "line1": "1 Road", "postal_code": "12345", "city": "Town", "country": "DE"}

@@ -362,13 +362,6 @@ async def no_step_lets_it_expire(it: Damaged) -> str:
     return it.order("placed")
 
 
-@damage("forgotten_expiry")
-async def no_step_lets_it_expire_while_the_customer_is_at_the_bank(it: Damaged) -> str:
-    order = await it.read(it.order("at the bank"))
-    await it.delete(f"step/{order['expires_ms']:016d}/expire/{order['id']}")
-    return it.order("at the bank")
-
-
 @damage("forgotten_payment")
 async def no_step_sends_it(it: Damaged) -> str:
     for key in await it.keys("step/"):

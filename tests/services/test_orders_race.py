@@ -16,7 +16,7 @@ import pytest
 
 import kvstore
 from services.audit.run import Report, audit
-from services.orders import steps as order_steps
+from services.orders import paying
 from services.sandbox_psp.process import API_KEY
 from services.work import steps as work_steps
 from tests.cluster.harness import until
@@ -166,7 +166,7 @@ async def test_whoever_races_whom_the_auditor_finds_nothing(
 ) -> None:
     monkeypatch.setattr(work_steps, "BACKOFF_MIN_S", 0.05)
     monkeypatch.setattr(work_steps, "BACKOFF_MAX_S", 0.5)
-    monkeypatch.setattr(order_steps, "ACTION_POLL_MS", 300)
+    monkeypatch.setattr(paying, "ACTION_POLL_MS", 300)
     async with PaidShop(
         store, tmp_path, workers=2, pay_within_s=PAY_WITHIN_S, rates=RATES, seed=seed, late_ms=300, settle_ms=200
     ) as paid:

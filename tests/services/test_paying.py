@@ -12,6 +12,7 @@ import pytest
 import kvstore
 from services.payments.provider import Operation, Void, request_key
 from services.sandbox_psp.process import API_KEY
+from services.web.ids import timestamp
 from services.work import steps
 from services.work.kinds import FORGET_CUSTOMER
 from tests.cluster.harness import until
@@ -274,6 +275,51 @@ async def test_an_order_expires_though_its_customer_never_came_back_from_the_ban
         await paid.becomes(order, state="expired")
         assert await paid.stock_of("cup") == (10, 0, 0)
         assert (await paid.payment_becomes(order, "voided"))["action_url"] is None
+
+
+async def test_who_approved_in_time_has_paid_though_nobody_noticed(store: kvstore.Client, tmp_path: Path) -> None:
+    """No webhook came, nobody came back, and the provider was to be asked again only after the time to pay."""
+    async with PaidShop(store, tmp_path, webhooks=False, pay_within_s=2.0) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10)
+        order = await paid.placed()
+        await paid.paid(order, "tok_requires_action")
+        payment = await paid.payment_becomes(order, "requires_action")
+        async with paid.session.post(payment["action_url"], data={"decision": "approve"}, allow_redirects=False) as yes:
+            assert yes.status < 400
+        assert (await paid.get(f"/v1/orders/{order['id']}"))["state"] == "pending_payment"
+        await paid.becomes(order, state="confirmed", payment_status="paid")
+
+
+async def test_an_order_does_not_expire_before_its_time(paid: PaidShop) -> None:
+    order = await paid.placed()
+    early = steps.put("expire", str(order["id"]))
+    await paid.shop.store.txn(success=[early])
+
+    async def done() -> bool:
+        return await paid.shop.store.get(early.key) is None
+
+    await until(done, 10.0, "the end of a step", poll_s=0.02)
+    assert (await paid.get(f"/v1/orders/{order['id']}"))["state"] == "pending_payment"
+    (left,) = (await paid.shop.store.range(prefix=steps.STEPS)).records
+    assert timestamp(steps.decode_step(left.value).due_ms) == order["expires_at"]
+
+
+async def test_one_step_asks_for_a_payment_however_often_its_customer_comes_back(paid: PaidShop) -> None:
+    order = await paid.placed()
+    await paid.paid(order, "tok_requires_action")
+    await paid.payment_becomes(order, "requires_action")
+
+    async def due() -> list[steps.Step]:
+        found = (await paid.shop.store.range(prefix=steps.STEPS)).records
+        return [step for step in (steps.decode_step(one.value) for one in found) if step.kind == "payment"]
+
+    async def nothing_at_once() -> bool:
+        return all(step.due_ms for step in await due())
+
+    for _ in range(3):
+        await paid.did(paid.buyer, f"/v1/orders/{order['id']}/payments/1/complete")
+        await until(nothing_at_once, 10.0, "the end of a look", poll_s=0.02)
+    assert len(await due()) == 1
 
 
 async def test_a_payment_that_is_on_its_way_when_the_time_is_over_still_counts(
