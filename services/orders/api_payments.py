@@ -74,16 +74,19 @@ class PaymentEndpoints:
         {201: PaymentBody},
         access=Access.SIGNED_IN,
         idempotent=True,
-        problems=("order_state", "payment_in_progress", "too_many_payments"),
+        problems=("forbidden", "order_state", "payment_in_progress", "too_many_payments"),
     )
     async def pay_order(self, call: Call, id: Id, body: PaymentInput) -> web.Response:
         """Pay an order
 
         It begins an attempt to pay the whole: read it, or follow the order's events, to learn what becomes of it. After
-        one that failed another may be made. With `capture` `manual` the money is only held until staff take it.
+        one that failed another may be made. With `capture` `manual`, which is for staff, the money is only held until
+        staff take it.
         """
 
         def decide(draft: Draft) -> Said:
+            if body.capture is CaptureMode.MANUAL and not call.caller.is_staff:
+                raise Problem("forbidden", "Only staff decide that money is taken later")
             payment = paying.pay(draft, body.token, body.capture, body.return_url or "")
             return encode(bodies.payment_of(payment)), f"/v1/orders/{id}/payments/{payment.attempt}"
 

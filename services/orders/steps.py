@@ -59,7 +59,8 @@ PROVIDER_REFUSED: Final = "provider_refused"  # of a payment or refund that fail
 # Why a step may be parked, and what that means to staff. `internal`, an error of ours, is not among them.
 PARK_REASONS: Final = {
     PROVIDER_UNKNOWN: "The provider gave no usable answer for hours. Retry when it is back.",
-    PROVIDER_BUSY: "The provider was too busy for hours. Retry when it is not.",
+    PROVIDER_BUSY: "The provider took no request of ours for hours: it is too busy, or does not accept our API key;"
+    " the worker's log has its word. Retry when it does.",
     PROVIDER_PENDING: "The provider has not known for hours how it ends. Ask the provider, then retry.",
     PAYMENT_MOVED: "The payment changed with each attempt. Retry.",
     VOID_REFUSED: "The provider does not give up an authorisation. Ask the provider, then retry.",
@@ -159,8 +160,7 @@ class OrderSteps:
             await self._lost(payment)
             raise Again(PROVIDER_UNKNOWN) from error
         except ProviderRefused as refused:
-            if refused.is_retryable:
-                raise Again(PROVIDER_BUSY) from refused
+            _again_if_retryable(refused)
             log.error("authorisation refused", key=payment.request_key, code=refused.code, detail=refused.detail)
             result = None
         await self._authorised(run, payment, result)
@@ -202,8 +202,7 @@ class OrderSteps:
         except ProviderUnknown as error:
             raise Again(PROVIDER_UNKNOWN) from error
         except ProviderRefused as refused:
-            if refused.is_retryable:
-                raise Again(PROVIDER_BUSY) from refused
+            _again_if_retryable(refused)
             log.error("capture refused", key=payment.request_key, code=refused.code, detail=refused.detail)
 
         def decide(draft: Draft) -> None:
@@ -225,8 +224,7 @@ class OrderSteps:
         except ProviderUnknown as error:
             raise Again(PROVIDER_UNKNOWN) from error
         except ProviderRefused as refused:
-            if refused.is_retryable:
-                raise Again(PROVIDER_BUSY) from refused
+            _again_if_retryable(refused)
             # Perhaps there is nothing to give up: the customer said no meanwhile.
             key = request_key(payment.order_id, payment.attempt, Operation.AUTHORISE)
             found = await _sure(self._provider.find(key))
@@ -278,14 +276,20 @@ class OrderSteps:
         except ProviderUnknown as error:
             raise Again(PROVIDER_UNKNOWN) from error
         except ProviderRefused as refused:
-            if refused.is_retryable:
-                raise Again(PROVIDER_BUSY) from refused
+            _again_if_retryable(refused)
             log.error("refund refused", key=asked.request_key, code=refused.code, detail=refused.detail)
             return None
         return result
 
     async def _alarm(self, order_id: int, code: str) -> None:
         await self._book.apply(order_id, lambda draft: draft.want_attention(code))
+
+
+def _again_if_retryable(refused: ProviderRefused) -> None:
+    """Raises `Again`."""
+    if refused.is_retryable:
+        log.warning("provider took no request", code=refused.code, detail=refused.detail)
+        raise Again(PROVIDER_BUSY) from refused
 
 
 async def _sure(finding: Awaitable[Result | None]) -> Result:

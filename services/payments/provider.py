@@ -187,7 +187,8 @@ class ProviderUnknown(Exception):
 
 class ProviderRefused(Exception):
     """The provider said clearly that this request did nothing. `code` is the provider's word or `refused`. The same
-    request may succeed later if `is_retryable`; otherwise a person has to look."""
+    request may succeed later if `is_retryable`: the provider is busy, or does not take our API key, which says nothing
+    about this payment. Otherwise it is final for this request."""
 
     def __init__(self, code: str, detail: str, *, is_retryable: bool = False) -> None:
         super().__init__(f"{detail} [{code}]")

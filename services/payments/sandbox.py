@@ -2,8 +2,8 @@
 
 How answers are read
 - 2xx with a body that is as it should be: a result.
-- 4xx with the provider's own error body: `ProviderRefused`, nothing happened. Not 408; and not a 4xx without such a
-  body, which comes from something in between.
+- 4xx with the provider's own error body: `ProviderRefused`, nothing happened; 401, 403 and 429 are retryable. Not
+  408; and not a 4xx without such a body, which comes from something in between.
 - anything else, or nothing: `ProviderUnknown`. That includes a connection that could not be made: the caller asks
   with `find` all the same, and has one case less to get wrong.
 
@@ -51,7 +51,8 @@ ANSWER_BYTES_MAX: Final = 256 * 1024  # a page of the lists is 40 KiB
 SIGNATURE_HEADER: Final = "Sandbox-Signature"
 
 _STATUS_UNCLEAR: Final = 408  # "request timeout" may come from what lies in between
-_STATUS_RETRYABLE: Final = 429
+# Too many requests; and a key that is not taken, which is for whoever deploys us to mend, and no customer's fault.
+_STATUS_RETRYABLE: Final = (401, 403, 429)
 
 
 class _Charge(Struct, frozen=True):
@@ -199,7 +200,7 @@ class SandboxProvider:
             return _result(_decode(raw, _Operation))
         error = _error(raw)
         if 400 <= status < 500 and status != _STATUS_UNCLEAR and error is not None:
-            raise ProviderRefused(error.code, error.message, is_retryable=status == _STATUS_RETRYABLE)
+            raise ProviderRefused(error.code, error.message, is_retryable=status in _STATUS_RETRYABLE)
         raise ProviderUnknown("provider_failed", f"the provider answered with {status}")
 
     async def _list(self, path: str, after: str, kind: type[T]) -> T:

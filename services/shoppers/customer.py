@@ -63,6 +63,7 @@ class Customer:
     def __init__(
         self,
         account: Account,
+        staff: Account,
         orders: Wire,
         session: aiohttp.ClientSession,
         habits: Habits,
@@ -71,8 +72,10 @@ class Customer:
         desk: ReturnsDesk,
         chance: Random,
     ) -> None:
-        """`orders` and `session` are for the few requests that are no plain ones: streams, and the bank's page."""
+        """`staff` takes payments by telephone, where the money is only held at first. `orders` and `session` are for
+        the few requests that are no plain ones: streams, and the bank's page."""
         self._account = account
+        self._staff = staff
         self._orders = orders
         self._session = session
         self._habits = habits
@@ -197,8 +200,9 @@ class Customer:
                 body["return_url"] = "https://shop.example.com/back"
             known = note.known()
             path, allowed = "/v1/orders/{}/payments", ("order_state", "payment_in_progress")
+            by = self._staff if is_manual else self._account
             try:
-                payment, *_ = await self._command(path, note.id, body=body, allowed=allowed)
+                payment, *_ = await self._command(path, note.id, body=body, allowed=allowed, by=by)
             except Refused as refused:
                 raise Left(f"pay_{refused.code}") from None
             attempt = payment["attempt"]
@@ -310,13 +314,18 @@ class Customer:
     # --- all of it ----------------------------------------------------------------------------------------------------
 
     async def _command(
-        self, template: str, *parts: object, body: Any = None, allowed: tuple[str, ...] = ()
+        self,
+        template: str,
+        *parts: object,
+        body: Any = None,
+        allowed: tuple[str, ...] = (),
+        by: Account | None = None,
     ) -> list[Any]:
         """What a command is answered with; of one in twenty twice, because somebody pressed the button twice."""
         key = self._key()
 
         async def once() -> Any:
-            return (await self._account.do(template, *parts, key=key, body=body, allowed=allowed)).body
+            return (await (by or self._account).do(template, *parts, key=key, body=body, allowed=allowed)).body
 
         if not self._happens(0.05):
             return [await once()]

@@ -139,7 +139,17 @@ class Simulation:
         while await self._turn():
             self.visitors += 1
             try:
-                customer = Customer(account, orders, self._session, habits, self.ledger, self.tally, self._desk, chance)
+                customer = Customer(
+                    account,
+                    self.staff_account,
+                    orders,
+                    self._session,
+                    habits,
+                    self.ledger,
+                    self.tally,
+                    self._desk,
+                    chance,
+                )
                 await customer.visit()
             finally:
                 self.visitors -= 1

@@ -90,7 +90,7 @@ class Crowd:
             rests = [{"sku": line["sku"], "quantity": line["quantity"] - line["shipped"]} for line in found["lines"]]
             some = {"lines": [one for one in rests if one["quantity"]] or some["lines"]}
         commands: list[tuple[str, str, dict[str, Any] | None, bool, int]] = [
-            ("pay", "/payments", self._payment(), False, 8),
+            ("pay", "/payments", payment := self._payment(), payment["capture"] == "manual", 8),
             ("complete", f"/payments/{number}/complete", None, False, 1),
             ("capture", f"/payments/{number}/capture", amount, True, 3),
             ("refund", "/refunds", {"reason": "goodwill", **amount}, True, 1),

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 import kvstore
 from services.payments.provider import Operation, Void, request_key
+from services.payments.sandbox import SandboxProvider
 from services.sandbox_psp.process import API_KEY
 from services.web.ids import timestamp
 from services.work import steps
@@ -177,6 +180,53 @@ async def test_captured_by_hand_and_in_parts(paid: PaidShop) -> None:
     assert found["captured"] == 2500
     (charge,) = await paid.charges()
     assert charge.captured == 2500
+
+
+async def test_when_the_money_is_taken_is_for_staff_to_say(paid: PaidShop) -> None:
+    order = await paid.placed()
+    body = {"token": "tok_ok", "capture": "manual"}
+    refused = await paid.say(paid.buyer, f"/v1/orders/{order['id']}/payments", body)
+    await problem(refused, 403, "forbidden")
+    assert await paid.get(f"/v1/orders/{order['id']}/payments") == []
+    await paid.paid(order)
+    await paid.becomes(order, payment_status="paid")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_wrong_api_key_is_no_end_of_a_payment_or_refund(paid: PaidShop, status: int) -> None:
+    order = await paid.placed()
+    await paid.paid(order)
+    await paid.becomes(order, payment_status="paid")
+    await paid.stop_workers()
+    good, asked = paid.provider, 0
+
+    async def refuse(request: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        missing = request.method == "GET"
+        error = {"error": {"code": "unauthorised", "message": "no such key"}}
+        return web.json_response(error, status=404 if missing else status)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", refuse)
+    async with TestServer(app) as server:
+        paid.provider = SandboxProvider(paid.session, str(server.make_url("")), "sk_wrong", ["s"], timeout_s=0.5)
+        paid._working = [paid.start_worker()]
+        await paid.did(paid.staff, f"/v1/orders/{order['id']}/refunds", {"reason": "late", "amount": 10})
+        other = await paid.placed({"cup": 1})
+        await paid.paid(other)
+
+        async def often_asked() -> bool:
+            return asked >= 6
+
+        await until(often_asked, 20.0, "a provider that was asked", poll_s=0.02)
+        assert (await paid.get(f"/v1/orders/{order['id']}/refunds/1"))["state"] == "pending"
+        assert (await paid.get(f"/v1/orders/{other['id']}/payments/1"))["failure"] is None
+        await paid.stop_workers()
+    paid.provider = good
+    paid._working = [paid.start_worker()]
+    await paid.becomes(order, refunded=10)
+    await paid.becomes(other, payment_status="paid")
 
 
 async def test_cancelled_before_it_is_paid(paid: PaidShop) -> None:
