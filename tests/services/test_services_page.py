@@ -133,7 +133,7 @@ def _reason_codes() -> Iterator[str]:
                     yield str(first.value)
                 elif isinstance(first, ast.Name) and first.id.isupper():
                     yield _constant(tree, first.id)
-    yield from (steps.VOID_REFUSED, steps.PROVIDER_REFUSED)  # handed on under other names
+    yield from (steps.VOID_REFUSED, steps.PROVIDER_REFUSED, steps.UNREADABLE)  # handed on under other names
 
 
 def _constant(tree: ast.Module, name: str) -> str:
