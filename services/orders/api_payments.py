@@ -179,7 +179,13 @@ class WebhookEndpoints:
             self._provider = self._open_provider(session)
             yield
 
-    @post("/v1/webhooks/{provider}", {204: None}, reads_token=False, problems=("invalid_webhook", "body_timeout"))
+    @post(
+        "/v1/webhooks/{provider}",
+        {204: None},
+        reads_token=False,
+        signed=True,
+        problems=("invalid_webhook", "body_timeout"),
+    )
     async def take_webhook(self, call: Call, provider: Annotated[str, Meta(max_length=40)]) -> web.Response:
         """Take a payment provider's webhook
 

@@ -12,7 +12,7 @@ endpoint's part of the OpenAPI document (`openapi.py`):
 
 A handler's arguments say what it needs. `body` is a `RequestBody`, `query` a `Query`; any other is the part of the
 path by that name. What does not fit never reaches the handler: a body or query is refused with pointers to what is
-wrong, a path that can name nothing is 404.
+wrong, also where none is taken; a path that can name nothing is 404.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     answers: Answers
     access: Access
     reads_token: bool
+    signed: bool
     idempotent: bool
     condition: Condition
     problems: tuple[str, ...]
@@ -167,14 +168,18 @@ def endpoint(
     *,
     access: Access = Access.ANYONE,
     reads_token: bool = True,
+    signed: bool = False,
     idempotent: bool = False,
     condition: Condition = Condition.NONE,
     problems: tuple[str, ...] = (),
 ) -> Callable[[H], H]:
-    """Without `reads_token` an Authorization header is passed over: for where one goes because one's token is stale."""
+    """Without `reads_token` an Authorization header is passed over: for where one goes because one's token is stale.
+    `signed`: instead of a token there is a signature over the body, which the handler reads and checks by itself. No
+    limit holds those up whose signature is right; what the handler refuses is counted by address."""
     unknown = [code for code in problems if code not in PROBLEMS]
     assert not unknown, f"{method} {path} declares problems that do not exist: {unknown}"
     assert reads_token or access is Access.ANYONE, f"{path} must know who asks"
+    assert not (signed and (reads_token or access is not Access.ANYONE)), f"{path} is for who signs, not for a caller"
     assert not (idempotent and access is Access.ANYONE), "an idempotency key's scope is its caller"
 
     def declare(handler: H) -> H:
@@ -184,6 +189,7 @@ def endpoint(
             answers=answers,
             access=access,
             reads_token=reads_token,
+            signed=signed,
             idempotent=idempotent,
             condition=condition,
             problems=problems,
@@ -272,7 +278,7 @@ class Api:
             call = Call(request)
             if not anyone or (declared.reads_token and "Authorization" in request.headers):
                 call._caller = await self._caller(request)
-            if limit is not None:
+            if limit is not None and not declared.signed:
                 client = client_address(request) if call._caller is None else call._caller.user_id
                 request[LIMIT_HEADERS] = limit.headers(limit.take(client))
             if roles is not None and call.caller.role not in roles:
@@ -286,6 +292,8 @@ class Api:
                 body = arguments["body"] = await body_reader.read(request)
             else:
                 body = None
+                if request.can_read_body and not declared.signed:
+                    raise Problem("malformed_request", "There is no body to this request; send it without one")
             if declared.condition is Condition.REQUIRED and "If-Match" not in request.headers:
                 raise Problem("precondition_required", "Send If-Match with the ETag of what you read")
             while True:
@@ -306,6 +314,8 @@ class Api:
             except Problem as problem:
                 if problem.code not in all_problems:  # the document would be lying
                     log.error("undeclared problem", code=problem.code, method=declared.method, path=declared.path)
+                if declared.signed and limit is not None:  # as whoever guesses tokens
+                    limit.take(client_address(request))
                 raise
 
         return watched

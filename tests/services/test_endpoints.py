@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
@@ -80,6 +81,14 @@ class Things:
         """Administer"""
         return _said("done")
 
+    @post("/hooks", {200: ThingBody}, reads_token=False, signed=True, problems=("invalid_webhook",))
+    async def take(self, call: Call) -> web.Response:
+        """Take what is signed"""
+        body = await call.request.text()
+        if body != "signed":
+            raise Problem("invalid_webhook", "no signature")
+        return _said(body)
+
     @get("/undeclared", {200: ThingBody})
     async def undeclared(self, call: Call) -> web.Response:
         """Answer what was not declared"""
@@ -147,6 +156,21 @@ async def test_who_may_ask(store: kvstore.Client) -> None:
         for role in (Role.CUSTOMER, Role.STAFF):
             await problem(await client.post("/admin", headers=await setup.headers(role)), 403, "forbidden")
         assert await said(await client.post("/admin", headers=await setup.headers(Role.ADMIN))) == "done"
+
+
+async def test_where_no_body_is_taken_none_may_be_sent(store: kvstore.Client) -> None:
+    async with Setup(store) as setup:
+        client, admin = setup.client, await setup.headers(Role.ADMIN)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"{}"
+
+        for data in (b"{{{garbage", b"{}", b" ", chunks()):
+            await problem(await client.post("/admin", data=data, headers=admin), 400, "malformed_request")
+            await problem(await client.post("/admin", data=data), 401, "authentication_required")
+        await problem(await client.get("/things/7", data=b"{}"), 400, "malformed_request")
+        for nothing in (None, b""):
+            assert await said(await client.post("/admin", data=nothing, headers=admin)) == "done"
 
 
 async def test_keys_and_preconditions_are_demanded(store: kvstore.Client) -> None:
@@ -266,6 +290,16 @@ async def test_limits_are_per_caller_or_address_and_every_answer_says_how_one_st
             await problem(await client.get("/things/7", headers={"Authorization": "Bearer x"}), 401, "invalid_token")
         await problem(await client.get("/things/7", headers={"Authorization": "Bearer x"}), 429, "rate_limited")
         await problem(await client.get("/things/7"), 429, "rate_limited")
+
+
+async def test_what_is_signed_is_not_limited_and_what_is_forged_is(store: kvstore.Client) -> None:
+    async with Setup(store, Limit("things", 3)) as setup:
+        for _ in range(5):
+            assert await said(await setup.client.post("/hooks", data="signed")) == "signed"
+        for _ in range(3):
+            await problem(await setup.client.post("/hooks", data="forged"), 400, "invalid_webhook")
+        await problem(await setup.client.post("/hooks", data="forged"), 429, "rate_limited")
+        assert await said(await setup.client.post("/hooks", data="signed")) == "signed"
 
 
 # --- the document -----------------------------------------------------------------------------------------------------
