@@ -149,7 +149,8 @@ def to_give_back(order: Order, overpaid_before: int) -> int:
 
 
 def withdraw(draft: Draft, payment: Payment) -> None:
-    """The payment is not wanted any more: end it, or have what comes of it given back."""
+    """The payment is not wanted any more: end it, or have what comes of it given back. One that is under way is looked
+    at anew, since its step may have been given up."""
     if payment.state is PaymentState.CREATED:
         state = PAYMENT.next(payment.state, PaymentEvent.WITHDRAW)
         draft.set_payment(msgspec.structs.replace(payment, state=state, failure="withdrawn"))
@@ -158,7 +159,7 @@ def withdraw(draft: Draft, payment: Payment) -> None:
         key = request_key(payment.order_id, payment.attempt, Operation.VOID)
         _send(draft, msgspec.structs.replace(payment, state=state, request_key=key, is_unwanted=True))
     elif payment.state in IN_FLIGHT:
-        draft.set_payment(msgspec.structs.replace(payment, is_unwanted=True))
+        _send(draft, msgspec.structs.replace(payment, is_unwanted=True))
     elif payment.captured > payment.refunded:
         _give_back(draft, payment.captured - payment.refunded, REASON_CANCELLED)
 

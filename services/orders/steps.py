@@ -42,10 +42,10 @@ from services.payments.provider import (
     Void,
     request_key,
 )
-from services.web.ids import order_number
+from services.web.ids import now_ms, order_number
 from services.web.tracing import traceparent
 from services.work.kinds import FORGET_CUSTOMER
-from services.work.steps import UNREADABLE, Again, Park, StepRun
+from services.work.steps import UNREADABLE, Again, Park, Step, StepRun
 from services.work.worker import STORE_REFUSED, Handler
 
 # Reason codes of steps that come again, and of those that are parked: docs/services.md lists them.
@@ -86,6 +86,17 @@ class OrderSteps:
             EXPIRY_STEP: self.do_expiry,
             FORGET_CUSTOMER: partial(forget_customer, store),
         }
+
+    async def also_parked(self, step: Step, code: str) -> tuple[list[kvstore.Compare], list[kvstore.Operation]]:
+        """An order of which a step is given up needs somebody to look at it."""
+        if step.kind not in (PAYMENT_STEP, REFUND_STEP, EXPIRY_STEP):
+            return [], []
+        whole = await self._book.read(int(step.subject.partition("-")[0]))
+        if whole is None:
+            return [], []
+        draft = Draft(whole, now_ms())
+        draft.want_attention(code)
+        return [draft.unchanged], draft.operations()
 
     async def do_expiry(self, run: StepRun) -> None:
         await self._book.finish(run, int(run.step.subject), ending.expire)
@@ -230,7 +241,6 @@ class OrderSteps:
             found = await _sure(self._provider.find(key))
             ended = isinstance(found, Declined) or (isinstance(found, Succeeded) and found.charge.is_voided)
             if not ended:
-                await self._alarm(payment.order_id, VOID_REFUSED)
                 raise Park(VOID_REFUSED, f"{refused.detail} [{refused.code}]") from refused
         else:
             if isinstance(result, Pending | RequiresAction):
@@ -280,9 +290,6 @@ class OrderSteps:
             log.error("refund refused", key=asked.request_key, code=refused.code, detail=refused.detail)
             return None
         return result
-
-    async def _alarm(self, order_id: int, code: str) -> None:
-        await self._book.apply(order_id, lambda draft: draft.want_attention(code))
 
 
 def _again_if_retryable(refused: ProviderRefused) -> None:

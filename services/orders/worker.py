@@ -27,7 +27,8 @@ def run_worker(endpoints: str | None, open_provider: OpenProvider) -> None:
 async def _work(endpoints: str | None, open_provider: OpenProvider) -> None:
     loop = asyncio.get_running_loop()
     async with kvstore.connect(endpoints) as store, aiohttp.ClientSession() as session:
-        worker = Worker(store, OrderSteps(store, open_provider(session)).handlers)
+        steps = OrderSteps(store, open_provider(session))
+        worker = Worker(store, steps.handlers, also_parked=steps.also_parked)
         working = asyncio.create_task(worker.run())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, working.cancel)

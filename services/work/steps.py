@@ -25,7 +25,8 @@ While a handler runs, its context is the trace of the request that the step foll
 that it writes remember it, and `tracing.traceparent()` is to be passed on to whom it calls.
 
 A handler that fails says how: `Again` (later, with backoff) or `Park` (no attempt will help). Too many attempts park a
-step as well; `unpark` gives it back.
+step as well; `unpark` gives it back. What else changes when a step is parked, its worker's owner says (`AlsoParked`):
+that is the same transaction.
 
 What this version cannot read (a newer one wrote it, or it is damaged) is parked as it is (`park_unread`), and given
 back as it was: whoever can read it then does it.
@@ -34,7 +35,7 @@ back as it was: whoever can read it then does it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -52,6 +53,9 @@ PARKED: Final = b"parked/"
 BACKOFF_MIN_S: Final = 0.5
 BACKOFF_MAX_S: Final = 300.0
 ATTEMPTS_MAX: Final = 34
+# How often a step's parking is tried against others who change what is to change with it: a customer, staff. After that
+# it is put off, and parked with its next attempt.
+_PARKINGS_MAX: Final = 8
 # Each time somebody else parked the very step anew meanwhile, after an attempt at it.
 _UNPARK_RACES_MAX: Final = 8
 
@@ -112,6 +116,9 @@ class Park(Exception):
 class ClaimLost(Exception):
     """Another worker may be at this step by now; nothing was changed."""
 
+
+# Of a step and its reason code: what must hold, and what else is written. It is called anew where that does not hold.
+AlsoParked = Callable[[Step, str], Awaitable[tuple[list[kvstore.Compare], list[kvstore.Operation]]]]
 
 decode_step = msgspec.json.Decoder(Step).decode
 decode_parked = msgspec.json.Decoder(ParkedStep).decode
@@ -195,10 +202,11 @@ def _name(kind: str, subject: str) -> bytes:
 class StepRun:
     """One attempt at a step by the worker that holds its claim."""
 
-    __slots__ = ("_claim", "_revision", "_store", "_token", "is_ended", "step")
+    __slots__ = ("_claim", "_revision", "_store", "_token", "also_parked", "is_ended", "step")
 
     def __init__(self, store: kvstore.Client, step: Step, revision: int, token: int) -> None:
         """`revision` is the step's, `token` the claim's."""
+        self.also_parked: AlsoParked | None = None
         self._store = store
         self._revision = revision
         self._claim = CLAIMS + _name(step.kind, step.subject)
@@ -263,7 +271,12 @@ class StepRun:
             return
         parked = ParkedStep(self.step, code, detail, now_ms())
         key = PARKED + _name(self.step.kind, self.step.subject)
-        await self._end([], [kvstore.Put(key, _encode(parked))])
+        for _ in range(_PARKINGS_MAX):
+            compare, also = await self.also_parked(self.step, code) if self.also_parked is not None else ([], [])
+            if await self._end(compare, [kvstore.Put(key, _encode(parked)), *also]):
+                return
+        later = msgspec.structs.replace(self.step, due_ms=now_ms() + int(BACKOFF_MIN_S * 1000))
+        await self._end([], [_put(later)])
 
     async def _end(self, compare: list[kvstore.Compare], success: list[kvstore.Operation]) -> bool:
         key = self.step.key

@@ -19,7 +19,18 @@ import kvstore
 from services.web import tracing
 from services.web.ids import now_ms
 from services.web.leases import forget_lost
-from services.work.steps import Again, ClaimLost, Park, Step, StepRun, park_unread, read_step, step_at, steps_of
+from services.work.steps import (
+    Again,
+    AlsoParked,
+    ClaimLost,
+    Park,
+    Step,
+    StepRun,
+    park_unread,
+    read_step,
+    step_at,
+    steps_of,
+)
 
 # A dead worker's steps wait so long for another one; a keep-alive goes out three times meanwhile.
 LEASE_S: Final = 10.0
@@ -45,12 +56,14 @@ class Worker:
         queue: str = "",
         lease_s: float = LEASE_S,
         chance: random.Random | None = None,
+        also_parked: AlsoParked | None = None,
     ) -> None:
         self._store = store
         self._handlers = handlers
         self._queue = queue
         self._steps = steps_of(queue)
         self._lease_s = lease_s
+        self._also_parked = also_parked
         self._chance = chance or random.Random()
         # By kind and subject, not by key: the same subject may be due twice, as a webhook may ask for what is asked for
         # already, and a claim is by subject.
@@ -139,6 +152,7 @@ class Worker:
             if run is None:
                 await asyncio.sleep(PAUSE_S)  # another worker is at it: do not ask again at once
                 return
+            run.also_parked = self._also_parked
             await self._attempt(run)
         except ClaimLost:
             log.warning("claim lost", kind=step.kind, subject=step.subject)

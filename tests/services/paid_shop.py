@@ -77,7 +77,9 @@ class PaidShop:
 
     def start_worker(self, seed: int = 0) -> asyncio.Task[None]:
         steps = OrderSteps(self._store, self.provider)
-        worker = Worker(self._store, steps.handlers, lease_s=2.0, chance=random.Random(seed))
+        worker = Worker(
+            self._store, steps.handlers, lease_s=2.0, chance=random.Random(seed), also_parked=steps.also_parked
+        )
         return asyncio.create_task(worker.run())
 
     async def stop_workers(self) -> None:

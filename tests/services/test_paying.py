@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import kvstore
+from services.orders.records import attention_key
 from services.payments.provider import Operation, Void, request_key
 from services.payments.sandbox import SandboxProvider
 from services.sandbox_psp.process import API_KEY
@@ -639,6 +640,36 @@ async def test_a_step_that_is_given_up_is_shown_to_staff_who_give_it_back(
         assert await parked() == []
         again = await paid.say(paid.staff, f"/v1/parked-steps/payment/{order['id']}-1/retry")
         await problem(again, 404, "not_found")
+
+
+async def test_an_order_whose_step_is_given_up_needs_attention_and_can_be_cancelled(
+    store: kvstore.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "ATTEMPTS_MAX", 2)
+    async with PaidShop(store, tmp_path, rates={"reset_before": 1.0}) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10)
+        order = await paid.placed()
+        await paid.paid(order)
+        name = f"payment/{order['id']}-1".encode()
+
+        async def parked() -> bool:
+            return await store.get(steps.PARKED + name) is not None
+
+        await until(parked, 20.0, "a parked step", poll_s=0.02)
+        details = await paid.get(f"/v1/orders/{order['id']}/details", paid.staff)
+        assert details["needs_attention"] == "provider_unknown"
+        step, attention = await store.get(steps.PARKED + name), await store.get(attention_key(order["id"]))
+        assert step is not None
+        assert attention is not None
+        assert step.mod_revision == attention.mod_revision  # one transaction
+        async with paid.session.put(
+            paid.psp.make_url("/control/failures"), json={"rates": {}}, headers={"Authorization": f"Bearer {API_KEY}"}
+        ) as healed:
+            assert healed.status == 200, await healed.text()
+        await paid.did(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "it takes too long"})
+        await paid.becomes(order, state="cancelled")
+        assert await paid.stock_of("cup") == (10, 0, 0)
+        assert not await parked()
 
 
 async def test_a_capture_that_is_refused_needs_attention_and_has_a_way_out(paid: PaidShop) -> None:
