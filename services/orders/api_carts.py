@@ -10,7 +10,7 @@ from msgspec import Meta
 
 import kvstore
 from services.orders.cart_bodies import CartBody, CartItemBody, cart_body, cart_item, priced
-from services.orders.carts import Carts, StoredCart, cart_key, read_cart
+from services.orders.carts import Carts, StoredCart, read_cart
 from services.orders.records import QUANTITY_MAX, Sku, encode
 from services.web.answers import json_response
 from services.web.bodies import RequestBody
@@ -73,7 +73,7 @@ class CartApi:
 
         All products of a cart have one currency. There may be more in a cart than there are: it reserves nothing.
         """
-        check = partial(check_match, call.request, cart_key(id))
+        check = partial(check_match, call.request)
         return await self._response(await self._carts.put_line(call.caller.user_id, id, sku, body.quantity, check))
 
     @delete(
@@ -85,7 +85,7 @@ class CartApi:
     )
     async def delete_cart_line(self, call: Call, id: Id, sku: Sku) -> web.Response:
         """Take a product out of a cart"""
-        check = partial(check_match, call.request, cart_key(id))
+        check = partial(check_match, call.request)
         return await self._response(await self._carts.delete_line(call.caller.user_id, id, sku, check))
 
     @delete(
@@ -97,7 +97,7 @@ class CartApi:
     )
     async def delete_cart(self, call: Call, id: Id) -> web.Response:
         """Delete a cart"""
-        await self._carts.delete(call.caller.user_id, id, partial(check_match, call.request, cart_key(id)))
+        await self._carts.delete(call.caller.user_id, id, partial(check_match, call.request))
         return web.Response(status=204)
 
     async def _response(self, stored: StoredCart) -> web.Response:

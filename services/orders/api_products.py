@@ -9,7 +9,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from services.orders.catalogue import AdjustmentBody, Catalogue, StoredProduct, no_product
-from services.orders.records import Product, Sku, encode, product_key
+from services.orders.records import Product, Sku, encode
 from services.orders.search import Currency, Price, ProductSearch, ProductsQuery
 from services.web.answers import json_response
 from services.web.bodies import Name, RequestBody, Text
@@ -97,7 +97,7 @@ class ProductApi:
 
         What is left out becomes its default. Products are archived (`is_active` false), not deleted: orders name them.
         """
-        check = partial(check_match, call.request, product_key(sku))
+        check = partial(check_match, call.request)
         stored, created = await self._catalogue.put(product_of(sku, body, now_ms()), check)
         response = json_response(encode(product_body(stored.product)), 201 if created else 200)
         response.headers["ETag"] = etag(stored.revision)

@@ -23,7 +23,7 @@ from services.users.credentials import no_account
 from services.users.erasure import ExportBody
 from services.users.parts import Parts
 from services.users.postal import AddressBody, address_body
-from services.users.records import address_key, encode, user_key
+from services.users.records import encode
 from services.web.addresses import AddressInput
 from services.web.answers import CALLER_ID, json_response
 from services.web.endpoints import Access, Call, Condition, delete, get, patch, post, put
@@ -99,7 +99,7 @@ class MyAccountApi:
         if body.name is None and body.age is None:
             raise field_problem("", "missing", "There is nothing to change: send name, age, or both")
         user_id = call.caller.user_id
-        check = partial(check_match, call.request, user_key(user_id))
+        check = partial(check_match, call.request)
         stored = await self._accounts.change_profile(user_id, body.name, body.age, origin_of(call.request), check)
         return json_response(encode(account_body(stored.user)), headers={"ETag": etag(stored.revision)})
 
@@ -194,7 +194,7 @@ class MyAccountApi:
     async def change_address(self, call: Call, id: Id, body: AddressInput) -> web.Response:
         """Replace a postal address"""
         user_id = call.caller.user_id
-        check = partial(check_match, call.request, address_key(user_id, id))
+        check = partial(check_match, call.request)
         address = await self._postal.change(user_id, id, body, origin_of(call.request), check)
         return json_response(encode(address_body(address)))
 
@@ -207,6 +207,6 @@ class MyAccountApi:
     async def delete_address(self, call: Call, id: Id) -> web.Response:
         """Delete a postal address"""
         user_id = call.caller.user_id
-        check = partial(check_match, call.request, address_key(user_id, id))
+        check = partial(check_match, call.request)
         await self._postal.delete(user_id, id, origin_of(call.request), check)
         return web.Response(status=204)

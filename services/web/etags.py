@@ -1,7 +1,7 @@
 """ETags from a record's revision: strong, because every change of the record takes a new revision.
 
-Reading with `If-None-Match` gives 304 where the client has the newest. Writing with `If-Match` is checked inside the
-transaction that writes, as a compare; checking it before would leave a gap.
+Reading with `If-None-Match` gives 304 where the client has the newest. Writing with `If-Match` is checked against the
+revision that the transaction that writes compares; checking it alone would leave a gap.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Final
 
 from aiohttp import web
 
-import kvstore
 from services.web.problems import Problem
 
-_REVISION: Final = re.compile(r'\A"([1-9][0-9]{0,17})"\Z')
+# `*`, or a list of ETags, of which ours are only some: a tag that is none of ours is one that the record does not have.
+IF_MATCH_PATTERN: Final = r'^(\*|(W/)?"[!#-~]*"([ \t]*,[ \t]*(W/)?"[!#-~]*")*)$'
+_IF_MATCH: Final = re.compile(IF_MATCH_PATTERN.replace("$", r"\Z"))
+_TAG: Final = re.compile(r'(W/)?("[!#-~]*")')
 
 
 def etag(revision: int) -> str:
@@ -37,33 +39,22 @@ def tagged_response(request: web.Request, body: bytes, revision: int) -> web.Res
     return response
 
 
-def precondition(request: web.Request, key: bytes) -> kvstore.Compare | None:
-    """What the request demands of the record at `key` before it changes it: `If-Match: "7"` (as it was read),
-    `If-Match: *` (it exists), `If-None-Match: *` (it does not); None if nothing. Raises `Problem` for any other."""
-    if_match = request.headers.get("If-Match")
+def check_match(request: web.Request, revision: int) -> None:
+    """Raises `Problem` `precondition_failed` unless the record, which has that revision (0: there is none), is what the
+    request demands: `If-Match: "7"` (as it was read; of several tags, one), `If-Match: *` (it exists), `If-None-Match:
+    *` (it does not); `malformed_request` for anything else. For a write that compares that very revision again."""
+    # Several lines of one header are one list.
+    if_match = ", ".join(request.headers.getall("If-Match", ())).strip() or None
     if_none_match = request.headers.get("If-None-Match")
-    if if_match is None and if_none_match is None:
-        return None
-    if if_none_match is None and if_match is not None:
-        if if_match.strip() == "*":
-            return kvstore.Compare(key, kvstore.Target.VERSION, kvstore.Relation.GREATER, 0)
-        match = _REVISION.match(if_match.strip())
-        if match is not None:
-            return kvstore.Compare(key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, int(match[1]))
-    elif if_match is None and if_none_match == "*":
-        return kvstore.Compare(key, kvstore.Target.VERSION, kvstore.Relation.EQUAL, 0)
-    raise Problem("malformed_request", 'Send one of: If-Match: "<ETag>", If-Match: *, If-None-Match: *')
-
-
-def check_match(request: web.Request, key: bytes, revision: int) -> None:
-    """Raises `Problem` `precondition_failed` unless the record at `key`, which has that revision (0: there is none), is
-    what the request demands. For a write that compares that very revision again."""
-    demanded = precondition(request, key)
-    if demanded is None:
+    if if_match is None and if_none_match is None and "If-Match" not in request.headers:
         return
-    if demanded.target is kvstore.Target.MOD_REVISION:
-        holds = demanded.operand == revision
+    if if_none_match is None and if_match is not None and _IF_MATCH.match(if_match):
+        # A weak tag is of no use for a write: it equals none (RFC 9110, 13.1.1).
+        tags = [tag for weak, tag in _TAG.findall(if_match) if not weak]
+        holds = revision > 0 and (if_match == "*" or etag(revision) in tags)
+    elif "If-Match" not in request.headers and if_none_match == "*":
+        holds = revision == 0
     else:
-        holds = (revision > 0) is (demanded.relation is kvstore.Relation.GREATER)
+        raise Problem("malformed_request", 'Send one of: If-Match: "<ETag>", If-Match: *, If-None-Match: *')
     if not holds:
         raise Problem("precondition_failed", "Read it again, then change what you find")

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from services.web.endpoints import Access, Api, Bound, Condition, Endpoint, EventStream
+from services.web.etags import IF_MATCH_PATTERN
 from services.web.openapi_links import links_of
 from services.web.problems import PROBLEMS, ProblemBody
 
@@ -183,9 +184,9 @@ def _parameters(declared: Endpoint, schemas: _Schemas) -> list[dict[str, Any]]:
                 "name": "If-Match",
                 "in": "header",
                 "required": declared.condition is Condition.REQUIRED,
-                "description": "The ETag of the record as it was read, or `*` for any. `If-None-Match: *` in its "
-                "place: only if there is none yet.",
-                "schema": {"type": "string", "pattern": '^(\\*|"[1-9][0-9]{0,17}")$'},
+                "description": "The ETag of the record as it was read, or several, or `*` for any. `If-None-Match: *` "
+                "in its place: only if there is none yet.",
+                "schema": {"type": "string", "pattern": IF_MATCH_PATTERN},
             }
         )
     if 304 in declared.answers:

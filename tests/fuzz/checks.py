@@ -8,6 +8,8 @@ from typing import Any
 
 import schemathesis
 
+from services.web.etags import IF_MATCH_PATTERN
+
 # These say that the request is not of the form that the document gives.
 _OF_FORM = frozenset(
     {
@@ -25,7 +27,7 @@ _OF_FORM = frozenset(
 
 # Two parameters that exclude each other, and two lines of the same product: no schema can say that.
 _NOT_OF_SCHEMAS = frozenset({"not_combinable", "duplicate"})
-_IF_MATCH = re.compile(r'(\*|"[1-9][0-9]{0,17}")\Z')
+_IF_MATCH = re.compile(IF_MATCH_PATTERN)
 
 
 @schemathesis.check
