@@ -310,19 +310,24 @@ class StepRun:
         return False
 
 
-async def park_unread(store: kvstore.Client, record: kvstore.Record, step: Step) -> bool:
+async def park_unread(
+    store: kvstore.Client, record: kvstore.Record, step: Step, also_parked: AlsoParked | None = None
+) -> bool:
     """Leave a step that cannot be read to people; `step` is what its key says. False, and nothing is changed, if it has
-    changed, or a worker of another version is at it."""
+    changed, a worker of another version is at it, or what was to be written with it does not hold now."""
+    compare, also = await also_parked(step, UNREADABLE) if also_parked is not None else ([], [])
     claim = CLAIMS + _name(step.kind, step.subject)
     parked = ParkedStep(step, UNREADABLE, "This version of the worker cannot read the step", now_ms(), record.value)
     result = await store.txn(
         compare=[
             kvstore.Compare(claim, kvstore.Target.VERSION, kvstore.Relation.EQUAL, 0),
             kvstore.Compare(record.key, kvstore.Target.MOD_REVISION, kvstore.Relation.EQUAL, record.mod_revision),
+            *compare,
         ],
         success=[
             kvstore.Delete(record.key),
             kvstore.Put(PARKED + _name(step.kind, step.subject), _encode(parked)),
+            *also,
         ],
     )
     return result.succeeded

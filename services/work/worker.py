@@ -136,9 +136,22 @@ class Worker:
         if step is None:
             said = step_at(record.key, self._queue)
             # Nothing that is no step's key was ever written there: it stays, and is told with each look.
-            parked = said is not None and await park_unread(self._store, record, said)
+            parked = said is not None and await park_unread(self._store, record, said, self._parking)
             log.error("step cannot be read", key=record.key.decode(errors="replace"), parked=parked)
         return step
+
+    async def _parking(self, step: Step, code: str) -> tuple[list[kvstore.Compare], list[kvstore.Operation]]:
+        """What is written with a step that is parked. Where that cannot be said (what it is about cannot be read,
+        perhaps) the step is parked without it: nobody else may have to wait for that."""
+        if self._also_parked is None:
+            return [], []
+        try:
+            return await self._also_parked(step, code)
+        except (kvstore.Unavailable, kvstore.OutcomeUnknown):
+            raise
+        except Exception as error:
+            log.error("parked without more", kind=step.kind, subject=step.subject, code=code, exc_info=error)
+            return [], []
 
     def _done(self, name: tuple[str, str], _: asyncio.Task[None]) -> None:
         del self._running[name]
@@ -152,7 +165,7 @@ class Worker:
             if run is None:
                 await asyncio.sleep(PAUSE_S)  # another worker is at it: do not ask again at once
                 return
-            run.also_parked = self._also_parked
+            run.also_parked = self._parking
             await self._attempt(run)
         except ClaimLost:
             log.warning("claim lost", kind=step.kind, subject=step.subject)

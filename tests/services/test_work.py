@@ -214,6 +214,32 @@ async def test_a_step_that_cannot_be_read_is_parked_and_given_back_as_it_was(
     assert await count_of(store, steps.PARKED) == 0
 
 
+async def test_what_cannot_be_said_of_a_parked_step_stops_nobody(store: kvstore.Client) -> None:
+    """As where the order that it is about cannot be read."""
+
+    async def hopeless(run: StepRun) -> None:
+        raise Park("charge_unknown", "the provider knows no such charge")
+
+    async def fails(step: steps.Step, code: str) -> tuple[list[kvstore.Compare], list[kvstore.Operation]]:
+        if step.subject == "c":
+            return [], [kvstore.Put(b"flag", code.encode())]
+        raise ValueError(step.subject)
+
+    await store.put(steps.step_key("kind", "b", 1), b"nonsense")
+    await store.put(steps.step_key("kind", "c", 1), b"nonsense")
+    worker = asyncio.create_task(Worker(store, {"kind": hopeless}, also_parked=fails).run())
+    await store.txn(success=[steps.put("kind", "a")])
+    await all_done(store)
+    assert not worker.done()
+    worker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await worker
+    assert await count_of(store, steps.PARKED) == 3
+    flag = await store.get(b"flag")
+    assert flag is not None
+    assert flag.value == b"unreadable"
+
+
 async def test_a_step_that_a_newer_worker_is_at_is_left_to_it(store: kvstore.Client) -> None:
     key = steps.step_key("kind", "bad", 1)
     await store.put(key, b'{"v":2}')
