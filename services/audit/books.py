@@ -172,7 +172,7 @@ class BooksPass:
         back = [one for one in whole.refunds.values() if one.attempt == payment.attempt]
         sure = sum(one.amount for one in back if one.state == "succeeded")
         pending = sum(one.amount for one in back if one.state == "pending")
-        authorised, captured = _expected(payment)
+        authorised, captured = _expected(payment, charge)
         is_right = (
             charge.authorised in authorised
             and charge.captured in captured
@@ -206,7 +206,7 @@ class BooksPass:
             self._findings.add(REFUND_AMOUNTS, key, f"{expected}, {' or '.join(states)}", found)
 
 
-def _expected(payment: Payment) -> tuple[range, range]:
+def _expected(payment: Payment, charge: Charge) -> tuple[range, range]:
     """What may be authorised and captured by now."""
     held, taken = payment.authorised, payment.captured
     match str(payment.state):
@@ -214,8 +214,8 @@ def _expected(payment: Payment) -> tuple[range, range]:
             return range(payment.amount + 1), NONE
         case "voiding" | "voided":  # perhaps the customer said yes, before it was given up
             return range(payment.amount + 1), NONE
-        case "failed":
-            return NONE, NONE
+        case "failed":  # what was given up at the provider, by somebody else, is as good as declined
+            return range(payment.amount + 1) if charge.is_voided else NONE, NONE
         case "capturing":
             return range(held, held + 1), range(taken, taken + payment.capture_amount + 1)
         case _:

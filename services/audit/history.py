@@ -32,7 +32,7 @@ PART_PATHS: Final[Mapping[str, Paths]] = {
         "authorised": ("capturing", "voiding"),
         "partially_captured": ("capturing",),
         "capturing": ("partially_captured", "captured", "authorised"),  # the last where it is refused
-        "voiding": ("voided",),
+        "voiding": ("voided", "captured", "partially_captured"),  # the others where somebody else took it
     },
     "refund": {"": ("pending",), "pending": ("succeeded", "failed")},
     "shipment": {"": ("shipped",), "shipped": ("delivered",)},

@@ -53,9 +53,9 @@ from services.orders.records import (
 from services.orders.states import (
     LIVE,
     ORDER,
+    TAKEN,
     OrderEvent,
     OrderState,
-    PaymentState,
 )
 from services.work import steps
 
@@ -277,13 +277,14 @@ def payment_subject(order_id: int, attempt: int) -> str:
 def settle(draft: Draft) -> None:
     """What follows by itself from a change: the last thing that every rule does."""
     order, payment = draft.order, draft.live_payment
-    if order.state is OrderState.PENDING_PAYMENT and payment is None:
-        # Expiry may have come, and gone because a payment was in flight.
+    taken = payment is not None and payment.state in TAKEN
+    if order.state is OrderState.PENDING_PAYMENT and (payment is None or taken):
+        # Expiry may have come, and gone because a payment was in flight. (What was taken of an order that still waits
+        # was too little, and goes back.)
         draft.due(EXPIRY_STEP, str(order.id), at_ms=order.expires_ms)
     if order.refunds_pending:
         return
     if order.state is OrderState.CANCELLING:
-        taken = payment is not None and payment.state in (PaymentState.CAPTURED, PaymentState.PARTIALLY_CAPTURED)
         if (payment is None or taken) and order.captured == order.refunded:
             draft.hold_stock_as(StockHeld.NONE)
             draft.advance(OrderEvent.SETTLE)

@@ -8,7 +8,7 @@ from services.orders import paying
 from services.orders.draft import EXPIRY_STEP, PAYMENT_STEP, Draft, payment_subject, settle
 from services.orders.fulfilling import checked
 from services.orders.records import Quantity, StockHeld
-from services.orders.states import OrderEvent, OrderState, PaymentState
+from services.orders.states import TAKEN, OrderEvent, OrderState, PaymentState
 from services.web.problems import Problem
 
 
@@ -58,6 +58,6 @@ def expire(draft: Draft) -> None:
         paying.withdraw(draft, payment)
     elif payment is not None and payment.state is PaymentState.REQUIRES_ACTION:
         draft.due(PAYMENT_STEP, payment_subject(order.id, payment.attempt), once=True)
-    if draft.live_payment is None:
+    if draft.live_payment is None or draft.live_payment.state in TAKEN:
         draft.hold_stock_as(StockHeld.NONE)
         draft.advance(OrderEvent.EXPIRE)

@@ -26,7 +26,7 @@ from services.orders.states import (
     PaymentState,
     RefundEvent,
 )
-from services.payments.provider import Charge, Operation, request_key
+from services.payments.provider import Charge, DeclineCode, Operation, request_key
 from services.web.problems import Problem, field_problem
 
 # Twenty declined cards are no customer who looks for the right one; parts of an order are read with it, all of them.
@@ -209,7 +209,11 @@ def wait_for_customer(draft: Draft, attempt: int, asked_ms: int = 0) -> None:
 
 
 def authorised(draft: Draft, attempt: int, charge: Charge) -> None:
-    """The amount is held: the order is confirmed; or it is not wanted any more, or too little, and is given up."""
+    """The amount is held: the order is confirmed; or it is not wanted any more, or too little, and is given up. What
+    was given up or taken at the provider already, by somebody else, counts as that."""
+    if charge.is_voided:
+        declined(draft, attempt, DeclineCode.VOIDED, "given up at the provider", charge.id)
+        return
     payment = payment_of(draft, attempt)
     state = PAYMENT.next(payment.state, PaymentEvent.AUTHORISE)
     payment = draft.set_payment(
@@ -217,11 +221,17 @@ def authorised(draft: Draft, attempt: int, charge: Charge) -> None:
     )
     order = draft.order
     draft.set(authorised=charge.authorised)
-    if payment.is_unwanted or order.state is not OrderState.PENDING_PAYMENT or charge.authorised < order.total:
+    is_wanted = not payment.is_unwanted and order.state is OrderState.PENDING_PAYMENT
+    is_wanted = is_wanted and charge.authorised >= order.total
+    if is_wanted:
+        confirm(draft)
+    if charge.captured:
+        state = PAYMENT.next(payment.state, PaymentEvent.CAPTURE)
+        draft.set_payment(msgspec.structs.replace(payment, state=state, capture_amount=charge.captured))
+        captured(draft, attempt, charge)
+    elif not is_wanted:
         withdraw(draft, payment)
-        return
-    confirm(draft)
-    if payment.capture is CaptureMode.AUTOMATIC:
+    if is_wanted and payment.capture is CaptureMode.AUTOMATIC and draft.order.captured < order.total:
         capture(draft, attempt)
 
 
@@ -231,21 +241,31 @@ def confirm(draft: Draft) -> None:
     draft.advance(OrderEvent.PAY)
 
 
-def declined(draft: Draft, attempt: int, code: str, detail: str) -> None:
+def declined(draft: Draft, attempt: int, code: str, detail: str, charge: str = "") -> None:
     payment = payment_of(draft, attempt)
     state = PAYMENT.next(payment.state, PaymentEvent.DECLINE)
-    draft.set_payment(msgspec.structs.replace(payment, state=state, failure=code, detail=detail, action_url=""))
+    draft.set_payment(
+        msgspec.structs.replace(
+            payment, state=state, failure=code, detail=detail, action_url="", charge=charge or payment.charge
+        )
+    )
     settle(draft)
 
 
 def captured(draft: Draft, attempt: int, charge: Charge) -> None:
-    """The money is ours. Where the order has ended meanwhile, it goes back."""
+    """The money is ours, whoever took it: what was to be given up may have been captured at the provider. Where the
+    order has ended meanwhile, it goes back."""
     payment = payment_of(draft, attempt)
-    is_all = charge.captured >= payment.authorised
+    is_all = charge.captured >= charge.authorised
     overpaid_before = overpaid(draft.order)
     state = PAYMENT.next(payment.state, PaymentEvent.TAKE_ALL if is_all else PaymentEvent.TAKE_PART)
-    draft.set(captured=draft.order.captured + charge.captured - payment.captured)
-    payment = draft.set_payment(msgspec.structs.replace(payment, state=state, captured=charge.captured))
+    taken = draft.order.captured + charge.captured - payment.captured
+    draft.set(authorised=charge.authorised, captured=taken)
+    payment = draft.set_payment(
+        msgspec.structs.replace(
+            payment, state=state, authorised=charge.authorised, captured=charge.captured, action_url=""
+        )
+    )
     if draft.order.state not in (OrderState.CONFIRMED, OrderState.COMPLETED):
         if draft.order.state is not OrderState.CANCELLING:
             draft.want_attention(LATE_CAPTURE)
@@ -257,10 +277,15 @@ def captured(draft: Draft, attempt: int, charge: Charge) -> None:
     settle(draft)
 
 
-def capture_refused(draft: Draft, attempt: int) -> None:
+def capture_refused(draft: Draft, attempt: int, charge: Charge | None = None) -> None:
     """The provider does not give what it had authorised: staff have to look, and may try again. Where the order has
-    ended meanwhile, nobody has to."""
+    ended meanwhile, nobody has to. `charge` is how it stands: it may be refused because somebody else took it."""
     payment = payment_of(draft, attempt)
+    if charge is not None and charge.captured > payment.captured:
+        captured(draft, attempt, charge)
+        if draft.order.state is OrderState.CONFIRMED and draft.order.captured < draft.order.owed:
+            draft.want_attention(CAPTURE_REFUSED)
+        return
     state = PAYMENT.next(payment.state, PaymentEvent.REFUSE_REST if payment.captured else PaymentEvent.REFUSE)
     payment = draft.set_payment(msgspec.structs.replace(payment, state=state, capture_amount=0))
     order = draft.order

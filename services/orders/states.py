@@ -165,10 +165,16 @@ PAYMENT: Final = StateMachine(
     Transition(_P.REQUIRES_ACTION, _PE.VOID, _P.VOIDING, "the order is cancelled, or expires"),
     Transition(_P.AUTHORISED, _PE.VOID, _P.VOIDING, "the order is not wanted any more"),
     Transition(_P.VOIDING, _PE.END, _P.VOIDED, "", "a cancelling order may be settled"),
+    Transition(
+        _P.VOIDING, _PE.TAKE_ALL, _P.CAPTURED, "it was captured at the provider, not by us", "a refund is due",
+    ),
+    Transition(_P.VOIDING, _PE.TAKE_PART, _P.PARTIALLY_CAPTURED, "the same, of a part", "a refund is due"),
 )  # fmt: skip
 
 # What the provider may be doing, or holds or has taken for us: an order has one such payment at most.
 LIVE: Final = frozenset(_P) - {_P.VOIDED, _P.FAILED}
+# Money was taken.
+TAKEN: Final = frozenset({_P.CAPTURED, _P.PARTIALLY_CAPTURED})
 # Nobody knows yet how these end.
 IN_FLIGHT: Final = frozenset({_P.CREATED, _P.AUTHORISING, _P.UNKNOWN, _P.REQUIRES_ACTION, _P.CAPTURING, _P.VOIDING})
 

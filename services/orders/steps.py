@@ -29,6 +29,7 @@ from services.orders.states import PaymentState, RefundState
 from services.payments.provider import (
     Authorise,
     Capture,
+    Charge,
     Declined,
     Operation,
     Pending,
@@ -215,6 +216,7 @@ class OrderSteps:
         except ProviderRefused as refused:
             _again_if_retryable(refused)
             log.error("capture refused", key=payment.request_key, code=refused.code, detail=refused.detail)
+        now = await self._charge_now(payment) if result is None else None
 
         def decide(draft: Draft) -> None:
             _still(draft, payment)
@@ -222,7 +224,7 @@ class OrderSteps:
                 case Succeeded():
                     paying.captured(draft, payment.attempt, result.charge)
                 case None | Declined():
-                    paying.capture_refused(draft, payment.attempt)
+                    paying.capture_refused(draft, payment.attempt, now)
                 case _:
                     raise Again(PROVIDER_PENDING)
 
@@ -230,17 +232,18 @@ class OrderSteps:
 
     async def _void(self, run: StepRun, payment: Payment) -> None:
         request = Void(key=payment.request_key, charge=payment.charge)
+        taken: Charge | None = None
         try:
             result = await self._provider.void(request, traceparent=traceparent() or None)
         except ProviderUnknown as error:
             raise Again(PROVIDER_UNKNOWN) from error
         except ProviderRefused as refused:
             _again_if_retryable(refused)
-            # Perhaps there is nothing to give up: the customer said no meanwhile.
-            key = request_key(payment.order_id, payment.attempt, Operation.AUTHORISE)
-            found = await _sure(self._provider.find(key))
-            ended = isinstance(found, Declined) or (isinstance(found, Succeeded) and found.charge.is_voided)
-            if not ended:
+            # Perhaps there is nothing to give up: the customer said no meanwhile, or somebody else took it.
+            found = await self._now(payment)
+            if isinstance(found, Succeeded) and found.charge.captured:
+                taken = found.charge
+            elif not (isinstance(found, Declined) or (isinstance(found, Succeeded) and found.charge.is_voided)):
                 raise Park(VOID_REFUSED, f"{refused.detail} [{refused.code}]") from refused
         else:
             if isinstance(result, Pending | RequiresAction):
@@ -248,9 +251,21 @@ class OrderSteps:
 
         def decide(draft: Draft) -> None:
             _still(draft, payment)
-            paying.voided(draft, payment.attempt)
+            if taken is not None:
+                paying.captured(draft, payment.attempt, taken)
+            else:
+                paying.voided(draft, payment.attempt)
 
         await self._book.finish(run, payment.order_id, decide)
+
+    async def _now(self, payment: Payment) -> Result:
+        """What has become of it by now, whoever did it."""
+        key = request_key(payment.order_id, payment.attempt, Operation.AUTHORISE)
+        return await _sure(self._provider.find(key, traceparent=traceparent() or None))
+
+    async def _charge_now(self, payment: Payment) -> Charge | None:
+        found = await self._now(payment)
+        return found.charge if isinstance(found, Succeeded) else None
 
     # --- refunds ------------------------------------------------------------------------------------------------------
 

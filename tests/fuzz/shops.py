@@ -79,7 +79,8 @@ class FuzzedShop:
             session = await stack.enter_async_context(aiohttp.ClientSession())
             self._store = store
             self._provider = SandboxProvider(session, str(psp.make_url("")), API_KEY, [WEBHOOK_SECRET], timeout_s=10.0)
-            working = asyncio.create_task(Worker(store, OrderSteps(store, open_provider(session)).handlers).run())
+            steps = OrderSteps(store, open_provider(session))
+            working = asyncio.create_task(Worker(store, steps.handlers, also_parked=steps.also_parked).run())
             stack.push_async_callback(_stop, working)
             await self._open_accounts(store)
             await self._fill()

@@ -280,6 +280,13 @@ class OrderRules(RuleBasedStateMachine):
     def the_customer_decides(self, yes: bool) -> None:
         self.decide("action", yes=yes)
 
+    @rule(really=st.integers(0, 3))
+    def somebody_takes_it_at_the_bank(self, really: int) -> None:
+        for payment in self.whole().payments.values():
+            account = self.bank.accounts.get(f"{ORDER_ID}:{payment.attempt}:authorise")
+            if account is not None and not really:
+                self.bank.take_by_hand(account)
+
     def decide(self, who: str, *, yes: bool) -> None:
         for payment in self.whole().payments.values():
             account = self.bank.accounts.get(f"{ORDER_ID}:{payment.attempt}:authorise")
@@ -312,16 +319,27 @@ class OrderRules(RuleBasedStateMachine):
                     self.told(step, payment, account)
             case "requires_action":
                 self.told(step, payment, self.account(payment))
-            case "capturing" if outcome == "declined" and payment.request_key not in self.account(payment).done:
+            case "capturing" if (
+                outcome == "declined"
+                and not self.account(payment).by_hand
+                and payment.request_key not in self.account(payment).done
+            ):
                 if not lost:
                     self.finish(step, lambda draft: paying.capture_refused(draft, attempt))
             case "capturing":
-                charge = self.bank.capture(payment.request_key, self.account(payment), payment.capture_amount)
-                if not lost:
+                account = self.account(payment)
+                charge = self.bank.capture(payment.request_key, account, payment.capture_amount)
+                if charge is None and not lost:
+                    now = self.bank.charge(account)
+                    self.finish(step, lambda draft: paying.capture_refused(draft, attempt, now))
+                elif charge is not None and not lost:
                     self.finish(step, lambda draft: paying.captured(draft, attempt, charge))
             case "voiding":
-                self.bank.void(self.account(payment))
-                if not lost:
+                account = self.account(payment)
+                if not self.bank.void(account) and account.captured:
+                    taken = self.bank.charge(account)
+                    self.finish(step, lambda draft: paying.captured(draft, attempt, taken))
+                elif not lost:
                     self.finish(step, lambda draft: paying.voided(draft, attempt))
             case _:
                 self.finish(step, lambda draft: None)
@@ -391,7 +409,7 @@ class OrderRules(RuleBasedStateMachine):
             (lambda draft: paying.action_required(draft, attempt, "ch-x", "u"), {"authorising", "unknown"}),
             (lambda draft: paying.authorised(draft, attempt, charge), {"authorising", "unknown", "requires_action"}),
             (lambda draft: paying.declined(draft, attempt, "c", ""), {"authorising", "unknown", "requires_action"}),
-            (lambda draft: paying.captured(draft, attempt, charge), {"capturing"}),
+            (lambda draft: paying.captured(draft, attempt, charge), {"capturing", "voiding"}),
             (lambda draft: paying.voided(draft, attempt), {"voiding"}),
             (lambda draft: paying.refund_succeeded(draft, number, "re"), {"pending"}),
         ][what]
@@ -423,7 +441,9 @@ class OrderRules(RuleBasedStateMachine):
                 assert payment.state in ("created", "authorising", "unknown", "failed")
                 assert payment.authorised == 0
                 continue
-            if payment.state == "capturing":
+            if account.by_hand:
+                assert payment.captured in (0, account.captured)
+            elif payment.state == "capturing":
                 assert account.captured in (payment.captured, payment.captured + payment.capture_amount)
             else:
                 assert account.captured == payment.captured

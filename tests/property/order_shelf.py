@@ -70,6 +70,7 @@ class Account:
     captured: int = 0
     refunds: dict[str, tuple[int, str]] = field(default_factory=dict)  # by key: amount, and how it stands
     done: dict[str, int] = field(default_factory=dict)  # captures by key: what was captured in all by then
+    by_hand: bool = False  # somebody took it at the bank, and we may not have heard of it
 
     @property
     def refunded(self) -> int:
@@ -101,7 +102,15 @@ class Bank:
         account.state = "authorised" if yes else "declined"
         account.authorised = amount if yes else 0
 
-    def capture(self, key: str, account: Account, amount: int) -> Charge:
+    def take_by_hand(self, account: Account) -> None:
+        """Somebody else than us, at the bank's own desk."""
+        if account.holds:
+            account.captured, account.by_hand = account.authorised, True
+
+    def capture(self, key: str, account: Account, amount: int) -> Charge | None:
+        """None: refused, as somebody else took it."""
+        if account.by_hand and key not in account.done:
+            return None
         if key not in account.done:
             assert account.state == "authorised", f"capture of a charge that is {account.state}"
             assert account.captured + amount <= account.authorised, "more is captured than is authorised"
@@ -111,8 +120,8 @@ class Bank:
 
     def void(self, account: Account) -> bool:
         """False: refused, as there is nothing to give up."""
-        assert account.captured == 0, "what was captured is given up"
-        if account.state == "declined":
+        assert account.captured == 0 or account.by_hand, "what was captured is given up"
+        if account.state == "declined" or account.captured:
             return False
         account.state = "voided"
         return True

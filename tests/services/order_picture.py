@@ -68,6 +68,8 @@ _BENDS: Final[dict[tuple[str, str, str], Bend]] = {
     ("payment", "requires_action", "failed"): ("b", 0, "r", 0, 0.5),
     ("payment", "requires_action", "voiding"): ("r", 0, "l", 0, 0.5),
     ("payment", "authorised", "voiding"): ("b", 40, "t", 0, 0.62),
+    ("payment", "voiding", "partially_captured"): ("t", 45, "b", 20, 0.5),
+    ("payment", "voiding", "captured"): ("r", -8, "b", 30, 0.62),
     ("payment", "partially_captured", "capturing"): ("t", -30, "b", -30, 0.3),
     ("payment", "capturing", "partially_captured"): ("b", 30, "t", 30, 0.3),
     ("refund", "pending", "failed"): ("b", 0, "l", 0, 0.6),

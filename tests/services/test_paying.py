@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import kvstore
+from services.audit.run import audit
 from services.orders.records import attention_key
 from services.payments.provider import Operation, Void, request_key
 from services.payments.sandbox import SandboxProvider
@@ -670,6 +671,65 @@ async def test_an_order_whose_step_is_given_up_needs_attention_and_can_be_cancel
         await paid.becomes(order, state="cancelled")
         assert await paid.stock_of("cup") == (10, 0, 0)
         assert not await parked()
+
+
+async def _at_the_provider(paid: PaidShop, what: str, body: dict[str, Any] | None = None) -> None:
+    """Somebody else than us moves money of the newest charge."""
+    charge = (await paid.charges())[-1]
+    headers = {"Authorization": f"Bearer {API_KEY}", "Idempotency-Key": f"by-hand-{what}-{charge.id}"}
+    url = paid.psp.make_url(f"/v1/charges/{charge.id}/{what}")
+    async with paid.session.post(url, json=body or {}, headers=headers) as answer:
+        assert answer.status == 201, await answer.text()
+
+
+@pytest.mark.parametrize("what", ["void", "captures"])
+async def test_what_was_done_at_the_provider_before_we_looked_counts(
+    store: kvstore.Client, tmp_path: Path, what: str
+) -> None:
+    async with PaidShop(store, tmp_path, webhooks=False) as paid:
+        await paid.shop.stock(paid.staff, "cup", 10, price=1250)
+        order = await paid.placed()
+        await paid.paid(order, "tok_requires_action")
+        payment = await paid.payment_becomes(order, "requires_action")
+        async with paid.session.post(payment["action_url"], data={"decision": "approve"}, allow_redirects=False) as yes:
+            assert yes.status < 400
+        await _at_the_provider(paid, what, {"amount": 2500, "currency": "EUR"} if what == "captures" else None)
+        await paid.did(paid.buyer, f"/v1/orders/{order['id']}/payments/1/complete")
+        if what == "captures":
+            await paid.becomes(order, state="confirmed", payment_status="paid", captured=2500)
+            await paid.did(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "no"})
+            await paid.becomes(order, state="cancelled", payment_status="refunded")
+        else:
+            assert (await paid.payment_becomes(order, "failed"))["failure"] == "voided"
+            await paid.paid(order)
+            await paid.becomes(order, state="confirmed", payment_status="paid")
+        report = await audit(store, paid.provider)  # type: ignore[arg-type]
+        assert report.is_clean, report.violations
+
+
+async def test_a_capture_that_somebody_else_made_is_ours(paid: PaidShop) -> None:
+    order = await paid.placed()
+    await paid.paid(order, capture="manual")
+    await paid.becomes(order, state="confirmed", payment_status="authorised")
+    await _at_the_provider(paid, "captures", {"amount": 2500, "currency": "EUR"})
+    await paid.did(paid.staff, f"/v1/orders/{order['id']}/payments/1/capture", {})
+    await paid.becomes(order, payment_status="paid", captured=2500)
+    assert (await paid.get(f"/v1/orders/{order['id']}/details", paid.staff))["needs_attention"] is None
+
+
+@pytest.mark.parametrize("amount", [100, 2500])
+async def test_what_somebody_else_took_of_an_order_that_is_cancelled_goes_back(paid: PaidShop, amount: int) -> None:
+    order = await paid.placed()
+    await paid.paid(order, capture="manual")
+    await paid.becomes(order, state="confirmed", payment_status="authorised")
+    await _at_the_provider(paid, "captures", {"amount": amount, "currency": "EUR"})
+    await paid.did(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "no"})
+    await paid.becomes(order, state="cancelled", captured=amount, refunded=amount)
+    (charge,) = await paid.charges()
+    assert (charge.captured, charge.refunded) == (amount, amount)
+    assert await paid.stock_of("cup") == (10, 0, 0)
+    report = await audit(paid.shop.store, paid.provider)  # type: ignore[arg-type]
+    assert report.is_clean, report.violations
 
 
 async def test_a_capture_that_is_refused_needs_attention_and_has_a_way_out(paid: PaidShop) -> None:
