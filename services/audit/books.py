@@ -41,6 +41,10 @@ _ORDERS_AT_ONCE: Final = (
 _LOOKS_MAX: Final = 8
 
 NONE: Final = range(1)
+# How a refund may stand on the books, if not as its order says: what it gives back otherwise, it does not give back.
+_ON_BOOKS: Final[dict[str, tuple[str, ...]]] = {
+    "pending": ("pending", "succeeded", "failed"), "settled_outside": ("failed",),
+}  # fmt: skip
 
 
 class Whole(Struct, frozen=True):
@@ -199,7 +203,7 @@ class BooksPass:
             self._findings.add(REFUND_UNKNOWN, key, "a refund that asked for it", "there is none")
             return
         payment = whole.payments.get(attempt)
-        states = (refund.state,) if refund.state != "pending" else ("pending", "succeeded", "failed")
+        states = _ON_BOOKS.get(refund.state, (refund.state,))
         expected = (refund.amount, refund.currency, payment.charge if payment is not None else "")
         if (entry.amount, entry.currency, entry.charge_id) != expected or entry.status not in states:
             found = f"{entry.amount} {entry.currency} of {entry.charge_id}, {entry.status}"

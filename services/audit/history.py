@@ -34,7 +34,7 @@ PART_PATHS: Final[Mapping[str, Paths]] = {
         "capturing": ("partially_captured", "captured", "authorised"),  # the last where it is refused
         "voiding": ("voided", "captured", "partially_captured"),  # the others where somebody else took it
     },
-    "refund": {"": ("pending",), "pending": ("succeeded", "failed")},
+    "refund": {"": ("pending",), "pending": ("succeeded", "failed"), "failed": ("settled_outside",)},
     "shipment": {"": ("shipped",), "shipped": ("delivered",)},
     "return": {"": ("requested",), "requested": ("approved", "rejected"), "approved": ("received",)},
 }

@@ -22,8 +22,8 @@ HOLDING: Final = (
 
 
 def counts(refund: Refund) -> bool:
-    """A refund that failed gave nothing back."""
-    return refund.state in ("pending", "succeeded")
+    """A refund that failed gave nothing back, unless somebody did it by other means."""
+    return refund.state in ("pending", "succeeded", "settled_outside")
 
 
 @ORDER_CHECKS("payment_amounts")
@@ -88,8 +88,8 @@ def request_keys(case: Case) -> Iterator[Difference]:
 
 @ORDER_CHECKS("refund_amounts")
 def refund_amounts(case: Case) -> Iterator[Difference]:
-    """Each refund gives back something of a payment of its order; those of a payment that are pending or succeeded
-    are, summed, what the payment says."""
+    """Each refund gives back something of a payment of its order; those of a payment that are pending, succeeded or
+    settled outside are, summed, what the payment says."""
     sums = {payment.attempt: 0 for payment in case.payments}
     for refund in case.refunds:
         key = case.part("refund", refund.number)
@@ -122,8 +122,8 @@ def order_captured(case: Case) -> Iterator[Difference]:
 
 @ORDER_CHECKS("order_refunded")
 def order_refunded(case: Case) -> Iterator[Difference]:
-    """What an order says is refunded is the sum of its refunds that are pending or succeeded; what it says is pending,
-    of those that are."""
+    """What an order says is refunded is the sum of its refunds that are pending, succeeded or settled outside; what it
+    says is pending, of those that are."""
     refunded = sum(refund.amount for refund in case.refunds if counts(refund))
     if case.order.refunded != refunded:
         yield Difference(case.key, refunded, case.order.refunded)

@@ -65,6 +65,12 @@ class RefundInput(RequestBody, frozen=True):
     amount: Amount | None = None
 
 
+class SettlementInput(RequestBody, frozen=True):
+    """How it was given back."""
+
+    note: Text
+
+
 class PaymentEndpoints:
     def __init__(self, book: OrderBook) -> None:
         self._book = book
@@ -148,6 +154,24 @@ class PaymentEndpoints:
         def decide(draft: Draft) -> Said:
             refund = paying.refund(draft, body.amount, body.reason)
             return encode(bodies.refund_of(refund)), f"/v1/orders/{id}/refunds/{refund.number}"
+
+        return await self._book.change(call, id, decide)
+
+    @post(
+        "/v1/orders/{id}/refunds/{number}/settle-outside",
+        {200: RefundBody},
+        access=Access.STAFF,
+        idempotent=True,
+        problems=("order_state",),
+    )
+    async def settle_refund_outside(self, call: Call, id: Id, number: Number, body: SettlementInput) -> web.Response:
+        """Say that a refund that failed was given back by other means
+
+        It counts as refunded then; an order that was being cancelled is.
+        """
+
+        def decide(draft: Draft) -> Said:
+            return encode(bodies.refund_of(paying.settle_outside(draft, number, body.note))), ""
 
         return await self._book.change(call, id, decide)
 

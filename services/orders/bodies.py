@@ -126,6 +126,8 @@ class PaymentBody(Struct, frozen=True):
 
 
 class RefundBody(Struct, frozen=True):
+    """`note` says how one that failed was given back by other means."""
+
     order_id: int
     number: int
     state: RefundState
@@ -135,6 +137,7 @@ class RefundBody(Struct, frozen=True):
     payment: int
     return_number: int | None
     failure: str | None
+    note: str | None
     created_at: Timestamp
     updated_at: Timestamp
 
@@ -267,6 +270,7 @@ def refund_of(refund: Refund) -> RefundBody:
         payment=refund.attempt,
         return_number=refund.return_number or None,
         failure=refund.failure or None,
+        note=refund.note or None,
         created_at=timestamp(refund.created_ms),
         updated_at=timestamp(refund.updated_ms),
     )

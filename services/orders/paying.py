@@ -171,6 +171,22 @@ def release(draft: Draft) -> None:
         withdraw(draft, payment)
 
 
+def settle_outside(draft: Draft, number: int, note: str) -> Refund:
+    """What the customer's bank did not take back was given back by other means: by transfer, in cash. Raises `Problem`:
+    `not_found`, `order_state`."""
+    failed = refund_of(draft, number)
+    state = REFUND.next(failed.state, RefundEvent.SETTLE_OUTSIDE)
+    payment = draft.payments[failed.attempt]
+    rest = payment.captured - payment.refunded
+    if failed.amount > rest:
+        raise Problem("order_state", f"Of its payment {rest} {failed.currency} are left: another refund gave it back")
+    draft.set_payment(msgspec.structs.replace(payment, refunded=payment.refunded + failed.amount))
+    draft.set(refunded=draft.order.refunded + failed.amount)
+    settled = draft.set_refund(msgspec.structs.replace(failed, state=state, note=note))
+    settle(draft)
+    return settled
+
+
 # --- what became of it ------------------------------------------------------------------------------------------------
 
 

@@ -193,7 +193,8 @@ class Payment(Struct, frozen=True, tag_field="v", tag=1):
 
 
 class Refund(Struct, frozen=True, tag_field="v", tag=1):
-    """`attempt` is the payment that it gives back from; `return_number` the return that it is for, or 0."""
+    """`attempt` is the payment that it gives back from; `return_number` the return that it is for, or 0. `note` says
+    how one that failed was given back outside of the provider."""
 
     order_id: int
     number: int
@@ -208,6 +209,7 @@ class Refund(Struct, frozen=True, tag_field="v", tag=1):
     return_number: int = 0
     provider_id: str = ""
     failure: str = ""
+    note: str = ""
 
 
 class Quantity(Struct, frozen=True, gc=False):

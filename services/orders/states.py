@@ -186,12 +186,14 @@ class RefundState(StrEnum):
     PENDING = "pending"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+    SETTLED_OUTSIDE = "settled_outside"
 
 
 class RefundEvent(StrEnum):
     ASK = "be_asked_for"
     SUCCEED = "succeed"
     FAIL = "fail"
+    SETTLE_OUTSIDE = "be_settled_outside"
 
 
 REFUND: Final = StateMachine(
@@ -202,6 +204,10 @@ REFUND: Final = StateMachine(
     ),
     Transition(RefundState.PENDING, RefundEvent.SUCCEED, RefundState.SUCCEEDED),
     Transition(RefundState.PENDING, RefundEvent.FAIL, RefundState.FAILED, "", "the order needs attention"),
+    Transition(
+        RefundState.FAILED, RefundEvent.SETTLE_OUTSIDE, RefundState.SETTLED_OUTSIDE,
+        "no other refund has given it back", "it counts as refunded; a cancelling order may be settled",
+    ),
 )  # fmt: skip
 
 

@@ -184,6 +184,12 @@ class OrderRules(RuleBasedStateMachine):
             rest = before.captured - before.refunded
             assert self.order.refunded - before.refunded == (rest if amount is None else amount) <= rest
 
+    @rule(number=st.integers(1, 4))
+    def settle_outside(self, number: int) -> None:
+        before = self.order
+        if self.command(lambda draft: paying.settle_outside(draft, number, "by transfer")):
+            assert self.order.refunded == before.refunded + self.whole().refunds[number].amount <= before.captured
+
     @rule(really=st.integers(0, 3))
     def cancel(self, really: int) -> None:
         if really:  # not too soon: it ends most of what could happen
@@ -517,6 +523,8 @@ class OrderRules(RuleBasedStateMachine):
         if order.state is OrderState.COMPLETED:
             assert not any(one.holds for one in self.bank.accounts.values()), "money is held that nobody will take"
         if order.state in (OrderState.CANCELLED, OrderState.EXPIRED):
-            assert not any(one.holds or one.captured > one.refunded for one in self.bank.accounts.values())
+            assert not any(one.holds for one in self.bank.accounts.values())
+            left = sum(one.captured - one.refunded for one in self.bank.accounts.values())
+            assert left == sum(one.amount for one in whole.refunds.values() if one.state == "settled_outside")
             for line in order.lines:
                 assert self.shelf.number(f"stock/{line.sku}/on_hand".encode()) == STOCK

@@ -150,6 +150,12 @@ async def not_so_much_captured(it: Damaged) -> str:
 
 
 @damage("order_refunded")
+async def settled_outside_and_not_counted(it: Damaged) -> str:
+    await it.set(it.part("refund", "refund failed"), state="settled_outside")
+    return it.order("refund failed")
+
+
+@damage("order_refunded")
 async def not_so_much_refunded(it: Damaged) -> str:
     return await it.set(it.order("returned"), refunded=0)
 

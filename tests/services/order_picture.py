@@ -44,7 +44,9 @@ _PAYMENT: Final[dict[str, Place]] = {
     "voiding": (4.4, 2.3),
     "voided": (5.9, 2.3),
 }
-_REFUND: Final[dict[str, Place]] = {"pending": (0.6, 0), "succeeded": (1.85, 0), "failed": (1.85, 0.7)}
+_REFUND: Final[dict[str, Place]] = {
+    "pending": (0.6, 0), "succeeded": (1.85, 0), "failed": (1.85, 0.7), "settled_outside": (1.85, 1.5),
+}  # fmt: skip
 _SHIPMENT: Final[dict[str, Place]] = {"shipped": (0.6, 0), "delivered": (1.85, 0)}
 _RETURN: Final[dict[str, Place]] = {
     "requested": (0.6, 0), "approved": (1.85, 0), "received": (3.1, 0), "rejected": (1.85, 0.7),
@@ -73,6 +75,7 @@ _BENDS: Final[dict[tuple[str, str, str], Bend]] = {
     ("payment", "partially_captured", "capturing"): ("t", -30, "b", -30, 0.3),
     ("payment", "capturing", "partially_captured"): ("b", 30, "t", 30, 0.3),
     ("refund", "pending", "failed"): ("b", 0, "l", 0, 0.6),
+    ("refund", "failed", "settled_outside"): ("b", 0, "t", 0, 0.5),
     ("return", "requested", "rejected"): ("b", 0, "l", 0, 0.6),
 }
 
@@ -112,11 +115,11 @@ _PANELS: Final = (
     Panel(ORDER, _ORDER, 0, 0),
     Panel(PAYMENT, _PAYMENT, 0, 230),
     Panel(REFUND, _REFUND, 0, 660),
-    Panel(SHIPMENT, _SHIPMENT, 0, 810),
+    Panel(SHIPMENT, _SHIPMENT, 0, 885),
     Panel(RETURN, _RETURN, 530, 660),
 )
 WIDTH: Final = 1310
-HEIGHT: Final = 925
+HEIGHT: Final = 1000
 
 
 def draw() -> str:

@@ -305,6 +305,51 @@ async def test_a_refund_that_fails_needs_attention(paid: PaidShop) -> None:
     assert await needing() == []
 
 
+async def test_a_refund_that_fails_is_settled_outside_and_the_order_is_cancelled(paid: PaidShop) -> None:
+    order = await paid.placed()
+    path = f"/v1/orders/{order['id']}"
+    await paid.paid(order, "tok_refund_fails")
+    await paid.becomes(order, payment_status="paid")
+    settled = {"note": "by transfer"}
+    await problem(await paid.say(paid.staff, f"{path}/refunds/1/settle-outside", settled), 404, "not_found")
+    await paid.did(paid.buyer, f"{path}/cancel", {"reason": "no"})
+    early = await paid.say(paid.staff, f"{path}/refunds/1/settle-outside", settled)
+    await problem(early, 409, "order_state")
+
+    async def has_failed() -> bool:
+        return bool((await paid.get(f"{path}/refunds/1"))["state"] == "failed")
+
+    await until(has_failed, 20.0, "a refund that failed", poll_s=0.02)
+    assert (await paid.get(path))["state"] == "cancelling"
+    await problem(await paid.say(paid.buyer, f"{path}/refunds/1/settle-outside", settled), 403, "forbidden")
+    refund = await paid.did(paid.staff, f"{path}/refunds/1/settle-outside", settled)
+    assert (refund["state"], refund["note"], refund["failure"]) == ("settled_outside", "by transfer", "refund_failed")
+    found = await paid.get(path)
+    assert (found["state"], found["payment_status"], found["refunded"]) == ("cancelled", "refunded", 2500)
+    assert await paid.stock_of("cup") == (10, 0, 0)
+    await problem(await paid.say(paid.staff, f"{path}/refunds/1/settle-outside", settled), 409, "order_state")
+    report = await audit(paid.shop.store, paid.provider)  # type: ignore[arg-type]
+    assert report.is_clean, report.violations
+
+
+async def test_what_another_refund_gave_back_is_not_settled_outside_as_well(paid: PaidShop) -> None:
+    order = await paid.placed()
+    path = f"/v1/orders/{order['id']}"
+    await paid.paid(order, "tok_refund_fails")
+    await paid.becomes(order, payment_status="paid")
+    for number in (1, 2):
+        await paid.did(paid.staff, f"{path}/refunds", {"reason": "goodwill"})
+        await paid.becomes(order, payment_status="paid", refunded=0)
+
+        async def has_failed(path: str = f"{path}/refunds/{number}") -> bool:
+            return bool((await paid.get(path))["state"] == "failed")
+
+        await until(has_failed, 20.0, "a refund that failed", poll_s=0.02)
+    await paid.did(paid.staff, f"{path}/refunds/1/settle-outside", {"note": "by transfer"})
+    twice = await paid.say(paid.staff, f"{path}/refunds/2/settle-outside", {"note": "by transfer"})
+    await problem(twice, 409, "order_state")
+
+
 async def test_an_order_that_is_not_paid_expires(store: kvstore.Client, tmp_path: Path) -> None:
     async with PaidShop(store, tmp_path, pay_within_s=0.3) as paid:
         await paid.shop.stock(paid.staff, "cup", 10)
