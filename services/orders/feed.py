@@ -17,7 +17,6 @@ A client that does not read is cut off: aiohttp waits for it, and no longer than
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from typing import Final
 
 import structlog
@@ -53,24 +52,31 @@ class EventFeed:
     def __init__(self, store: kvstore.Client, tokens: Tokens) -> None:
         self._store = store
         self._tokens = tokens
-        self._streams: Counter[int] = Counter()  # by user; those who have none are not in it
+        self._open: dict[int, list[web.Request]] = {}  # by user; those who have none are not in it
+        self._streams = 0
 
     async def stream(self, request: web.Request, caller: Caller, order_id: int) -> web.StreamResponse:
         """Serve until the client leaves, may not read it any more, or the process stops. Raises `Problem`:
         `overloaded`, `too_many_streams`, `malformed_request`."""
         after = _last_event_id(request)
-        if self._streams.total() >= STREAMS_MAX:
+        if self._streams >= STREAMS_MAX:
             raise Problem("overloaded", f"{STREAMS_MAX} streams are open at this process; try again in a moment")
-        if self._streams[caller.user_id] >= STREAMS_EACH_MAX:
+        theirs = self._open.get(caller.user_id, [])
+        # A client that has just left one for the next has not that many, though we may not have looked yet.
+        if sum(not _has_left(other) for other in theirs) >= STREAMS_EACH_MAX:
             detail = f"{STREAMS_EACH_MAX} streams of yours are open; close one"
             raise Problem("too_many_streams", detail, headers={"Retry-After": str(_RETRY_AFTER_S)})
-        self._streams[caller.user_id] += 1
+        self._streams += 1
+        self._open[caller.user_id] = [*theirs, request]
         try:
             return await self._serve(request, caller, order_id, after)
         finally:
-            self._streams[caller.user_id] -= 1
-            if not self._streams[caller.user_id]:
-                del self._streams[caller.user_id]
+            self._streams -= 1
+            others = [other for other in self._open[caller.user_id] if other is not request]
+            if others:
+                self._open[caller.user_id] = others
+            else:
+                del self._open[caller.user_id]
 
     async def _serve(self, request: web.Request, caller: Caller, order_id: int, after: int) -> web.StreamResponse:
         # Before the answer begins, so that a store that is away is a 503.

@@ -14,6 +14,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 import kvstore
+from services.orders import feed
 from services.orders.feed import HEARTBEAT_S, STREAMS_EACH_MAX, EventFeed
 from services.web import app as web_app
 from services.web import ended
@@ -89,6 +90,33 @@ async def test_streams_take_no_place_of_requests_and_each_caller_has_so_many(
 
     await until(has_ended, HEARTBEAT_S / 3, "the streams to end", poll_s=0.01)
     assert (await orders.get(url_of(order), headers=paid.buyer.headers)).status == 200
+
+
+async def test_streams_that_were_left_are_none_of_those_that_one_has(
+    paid: PaidShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before we have looked: else who follows one order after the other would be refused for that long."""
+    monkeypatch.setattr(feed, "LOOK_S", 6.0)
+    order, orders = await paid.placed(), paid.shop.orders
+    # As in a process of its own: aiohttp's test server, unlike that, cancels a handler whose client has left.
+    orders.server.runner.server.handler_cancellation = False  # type: ignore[union-attr]
+    async with AsyncExitStack() as stack:
+        mine = [
+            await stack.enter_async_context(orders.get(url_of(order), headers=paid.buyer.headers))
+            for _ in range(STREAMS_EACH_MAX)
+        ]
+        await paid.did(paid.buyer, f"/v1/orders/{order['id']}/cancel", {"reason": "changed my mind"})
+        for answer in mine:  # each has come to where it waits
+            while await answer.content.readline() != b"event: order.cancelled\n":
+                pass
+    assert state_of(paid).streams > 0
+
+    async def may_open() -> bool:
+        answer = await orders.get(url_of(order), headers=paid.buyer.headers)
+        answer.close()
+        return answer.status == 200
+
+    await until(may_open, 3.0, "another stream", poll_s=0.01)
 
 
 async def test_probes_are_answered_when_too_many_requests_are_in_flight(paid: PaidShop) -> None:
