@@ -99,6 +99,22 @@ def test_nothing_is_held_for_an_order_that_costs_nothing_any_more(rules: OrderRu
     assert [account.state for account in rules.bank.accounts.values()] == ["voided"]
 
 
+def test_what_is_not_taken_of_a_payment_is_neither_taken_later_nor_in_the_way(rules: OrderRules) -> None:
+    """A line is cancelled before the money is taken: the rest of the hold lapses at the provider, which would refuse to
+    give up a charge of which something was captured."""
+    rules.begin([1, 1], [3, 4], CaptureMode.MANUAL, 2)
+    rules.cancel_line("pot", 1)
+    rules.capture(1, None)
+    rules.work_off()
+    rules.ship("cup", 1)
+    rules.deliver(1)
+    assert rules.order.state is OrderState.COMPLETED
+    (payment,) = rules.whole().payments.values()
+    assert (payment.state, payment.authorised, payment.captured) == ("partially_captured", 7, 3)
+    assert not rules.steps()
+    assert not rules.command(lambda draft: paying.capture(draft, 1, None))
+
+
 # --- what chance meets too seldom -------------------------------------------------------------------------------------
 
 
