@@ -10,6 +10,7 @@ import pytest
 import kvstore
 from services.web.app import VERSION_NEEDED
 from tests.cluster.harness import until
+from tests.services.paid_shop import PaidShop
 from tests.services.shop import Shop
 
 
@@ -29,3 +30,11 @@ async def has_leases(client: kvstore.Client) -> bool:
 async def shop(store: kvstore.Client) -> AsyncIterator[Shop]:
     async with Shop(store) as both:
         yield both
+
+
+@pytest.fixture
+async def paid(store: kvstore.Client, tmp_path: Path) -> AsyncIterator[PaidShop]:
+    async with PaidShop(store, tmp_path) as shop:
+        await shop.shop.stock(shop.staff, "cup", 10, price=1250)
+        await shop.shop.stock(shop.staff, "pot", 5, price=4000)
+        yield shop

@@ -185,7 +185,7 @@ async def test_tokens_are_good_for_ours_and_for_the_peers(tmp_path: Path) -> Non
             header = f"Bearer {customer.token}"
             caller = await ours.verify(header)
             assert caller.user_id == customer.user.id
-            assert check.caller(header) == tuple(caller)
+            assert check.caller(header) == tuple(caller)[:-1]  # the last says how long it is good
 
 
 class Clock:
