@@ -70,13 +70,33 @@ class _Thread:
     def run(self, work: Callable[[], Awaitable[T]]) -> T:
         """Wait for `work` on the loop."""
         self.check_not_current()
-        future = self.submit(work)
+        given_up = False
+        task: asyncio.Task[Any] | None = None
+
+        async def awaited() -> T:
+            nonlocal task
+            task = asyncio.current_task()
+            if given_up:
+                raise asyncio.CancelledError
+            return await work()
+
+        def cancel() -> None:
+            if task is not None:
+                task.cancel()
+
         try:
-            return future.result()
+            return self.submit(awaited).result()
         except concurrent.futures.CancelledError:
             raise Unavailable("this client was closed", code="closed") from None
-        except BaseException:  # Ctrl-C, or a signal that ends this thread: nobody waits for it any more
-            future.cancel()
+        except Exception:
+            raise
+        except BaseException:
+            # Ctrl-C, or a signal that ends this thread: nobody waits for it any more. It may come when the loop has the
+            # call already, but there is no future here yet that could be cancelled.
+            given_up = True
+            with self._submitting:
+                if not self._ending:
+                    self._loop.call_soon_threadsafe(cancel)
             raise
 
     def submit(self, work: Callable[[], Awaitable[T]]) -> concurrent.futures.Future[T]:

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -242,6 +243,25 @@ def test_ctrl_c_at_the_moment_at_which_it_is_held(kv: SyncClient, monkeypatch: p
     monkeypatch.undo()
     with kv.lock("a", wait_s=WITHIN_S):
         pass
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_ctrl_c_while_a_call_is_handed_over(kv: SyncClient, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    watch = kv.watch(prefix=b"k")
+    hand_over = asyncio.run_coroutine_threadsafe
+
+    def interrupted(work: Coroutine[Any, Any, object], loop: asyncio.AbstractEventLoop) -> NoReturn:
+        monkeypatch.undo()
+        hand_over(work, loop)
+        if begun:
+            until(lambda: watch._watch._stream._waiter)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(watch.revisions())
+    kv.put(b"k", b"")
+    assert next(watch).key == b"k", "nobody else waits there"
 
 
 def test_one_watch_is_read_by_one_thread_at_a_time(kv: SyncClient) -> None:
