@@ -14,7 +14,8 @@ from kvstore.raft.wal import Wal
 
 # Kept in the log behind the last flush, so that a peer that was away briefly needs no snapshot.
 LOG_TAIL_BYTES = 64 * 1024 * 1024
-# While a snapshot is on its way the log's head is kept for what follows it, but not beyond this.
+# The log's head is kept for who receives a snapshot, and then for what follows it; but not beyond this: the peer then
+# gets another snapshot.
 LOG_SNAPSHOT_BYTES_MAX = 512 * 1024 * 1024
 
 
@@ -29,16 +30,17 @@ def remover(env: Environment, log: Log) -> Callable[[Callable[[], None]], None]:
 
 
 class StateFlush:
-    """`keep_head()`: a peer receives a snapshot now. `failed(error)`, on the loop: a flush was not possible."""
+    """`needed(index)`: of the log up to a flush at `index`, where that begins which a peer will still be sent.
+    `failed(error)`, on the loop: a flush was not possible."""
 
-    __slots__ = ("_done", "_env", "_failed", "_keep_head", "_wal", "running")
+    __slots__ = ("_done", "_env", "_failed", "_needed", "_wal", "running")
 
     def __init__(
-        self, env: Environment, wal: Wal, keep_head: Callable[[], bool], failed: Callable[[BaseException], None]
+        self, env: Environment, wal: Wal, needed: Callable[[int], int], failed: Callable[[BaseException], None]
     ) -> None:
         self._env = env
         self._wal = wal
-        self._keep_head = keep_head
+        self._needed = needed
         self._failed = failed
         self._done: asyncio.Event | None = None
         self.running = False
@@ -55,8 +57,10 @@ class StateFlush:
             self._done.set()
         elif error is not None:
             self._failed(error)
-        elif not self._keep_head() or self._wal.size_bytes > LOG_SNAPSHOT_BYTES_MAX:
+        elif self._wal.size_bytes > LOG_SNAPSHOT_BYTES_MAX:
             self._wal.drop_before(index, LOG_TAIL_BYTES)
+        else:
+            self._wal.drop_before(self._needed(index), LOG_TAIL_BYTES)
 
     async def finish(self) -> None:
         """Wait until no flush runs; its end is reported to nobody any more."""

@@ -117,7 +117,7 @@ class RaftNode:
         )
         self._reconcile()
         self._sync = LogSync(env, self._wal, self._wake, self._fail_storage, self.sync_times)
-        self._flush = StateFlush(env, self._wal, lambda: self._replicas.receiving, self._fail_storage)
+        self._flush = StateFlush(env, self._wal, lambda index: self._replicas.needed(index), self._fail_storage)
         self._roster = Roster(own_identity(config, self._wal.node_id))
         self._transport = Transport(env, self._roster.own, config.listen_address, self, log=self._log)
         self._snapshots = Snapshots(env, self.machine, self._state_directory, self._transport, self, log=self._log)

@@ -28,6 +28,7 @@ class EngineView(Protocol):
     def term(self) -> int: ...
     @property
     def is_leader(self) -> bool: ...
+    def match_index(self, peer: str) -> int: ...
     def next_index(self, peer: str) -> int: ...
     def set_next_index(self, peer: str, index: int) -> None: ...
     def set_connected(self, peer: str, connected: bool) -> None: ...
@@ -59,6 +60,7 @@ class Replicas:
         self._full: set[str] = set()  # no room until the transport says `drained`
         self._wanted: set[str] = set()  # need a snapshot that is not begun yet
         self._receiving: set[str] = set()
+        self._following: set[str] = set()  # have installed a snapshot, and are sent what came after it
         self._alive_due = 0.0
         self._retry_at: dict[str, float] = {}  # after a snapshot that failed; bounded by the members
 
@@ -96,10 +98,18 @@ class Replicas:
         self._wanted.add(peer)
         self._engine.set_connected(peer, False)
 
-    @property
-    def receiving(self) -> bool:
-        """Some peer gets a snapshot: what follows it must stay in the log."""
-        return bool(self._receiving)
+    def needed(self, flushed: int) -> int:
+        """Of the log up to `flushed`, where that begins which must stay: what is to follow a snapshot would else be
+        gone when it is installed, and the peer would need the next one. A peer that is away is not waited for."""
+        if self._receiving:
+            return 0
+        self._following = {
+            peer
+            for peer in self._following
+            if self._engine.match_index(peer) < flushed and self._transport.connected(peer)
+        }
+        # The last that it holds stays as well: what follows is sent with the term of the entry before it.
+        return min([flushed, *map(self._engine.match_index, self._following)])
 
     @property
     def due(self) -> float | None:
@@ -124,6 +134,7 @@ class Replicas:
         self._receiving.discard(peer)
         if sent is not None:
             self._retry_at.pop(peer, None)
+            self._following.add(peer)
             self._engine.set_next_index(peer, sent.index + 1)
             self._log.info("snapshot sent", peer=peer, index=sent.index)
         else:
@@ -137,6 +148,7 @@ class Replicas:
     def set_members(self, names: Collection[str]) -> None:
         """Who is no member any more gets no snapshot."""
         self._wanted.intersection_update(names)
+        self._following.intersection_update(names)
         for peer in self._retry_at.keys() - set(names):
             del self._retry_at[peer]
         for peer in self._receiving - set(names):
@@ -144,4 +156,5 @@ class Replicas:
 
     def leadership_lost(self) -> None:
         self._wanted.clear()
+        self._following.clear()
         self._snapshots.cancel_all()

@@ -125,7 +125,7 @@ def test_a_peer_that_receives_a_snapshot_hears_signs_of_life_and_no_appends() ->
     leader.machine.flush()
     cluster.wal("a").drop_before(leader.machine.applied_index, 0)
     lagging = ScriptedPeer(cluster, "c", "a")
-    cluster.until(lambda: leader._replicas.receiving)
+    cluster.until(lambda: "c" in leader._replicas._receiving)
     lagging.inbox.clear()
     cluster.time.advance(5 * ELECTION_MAX_S)
     assert lagging.heard(AppendEntries) == []

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import msgspec
+import pytest
 
 from kvstore.env import Environment
 from kvstore.errors import KvError, Unavailable
@@ -149,7 +150,11 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.next: dict[str, int] = {}
+        self.match: dict[str, int] = {}
         self.connected: set[str] = set()
+
+    def match_index(self, peer: str) -> int:
+        return self.match.get(peer, 0)
 
     def next_index(self, peer: str) -> int:
         return self.next.get(peer, 1)
@@ -165,8 +170,11 @@ class FakeEngine:
 
 
 class FakeTransport:
+    def __init__(self) -> None:
+        self.gone: set[str] = set()
+
     def connected(self, peer: str) -> bool:
-        return True
+        return peer not in self.gone
 
 
 class FakeSnapshots:
@@ -184,6 +192,9 @@ class FakeSnapshots:
     def cancel(self, peer: str) -> None:
         self.cancelled.append(peer)
 
+    def cancel_all(self) -> None:
+        """Nothing of these tests is under way then."""
+
 
 class World:
     """A leader's `Replicas`, with one peer `b` whose log ends before ours begins."""
@@ -191,12 +202,13 @@ class World:
     def __init__(self) -> None:
         self.time = VirtualTime()
         self.engine = FakeEngine()
+        self.transport = FakeTransport()
         self.snapshots = FakeSnapshots()
         self.said: list[tuple[str, Message]] = []
         self.replicas = Replicas(
             self.engine,
             environment(self.time),
-            FakeTransport(),
+            self.transport,
             self.snapshots,
             lambda peer, message: self.said.append((peer, message)),
             lambda: None,
@@ -243,7 +255,7 @@ def test_a_snapshot_that_this_node_cancelled_is_begun_again_at_once() -> None:
 def test_a_peer_that_waits_for_its_pause_to_end_stays_due() -> None:
     world = World().refused()
     world.ask()
-    assert not world.replicas.receiving
+    assert world.snapshots.begun == ["b"]
     assert world.replicas.due is not None
     world.replicas.up("b")  # a new connection changes nothing about that
     assert "b" not in world.engine.connected
@@ -259,6 +271,35 @@ def test_a_snapshot_that_arrived_ends_the_pauses() -> None:
     assert world.replicas.due is None
     world.ask()
     assert world.snapshots.begun == ["b", "b", "b"]  # the next time it is needed, at once
+
+
+def test_the_log_stays_for_who_receives_a_snapshot_until_it_has_what_follows() -> None:
+    world = World()
+    assert world.replicas.needed(90) == 90
+    world.ask()
+    assert world.replicas.needed(90) == 0
+    world.snapshots.finish(None, Checkpoint(50, 1, b""))
+    assert world.replicas.needed(90) == 0, "it has not said yet what it holds"
+    world.engine.match["b"] = 60
+    assert world.replicas.needed(90) == 60
+    world.engine.match["b"] = 110
+    assert world.replicas.needed(110) == 110
+    world.engine.match["b"] = 0  # what becomes of it now is no matter of that snapshot
+    assert world.replicas.needed(120) == 120
+
+
+@pytest.mark.parametrize("how", ["away", "removed", "leads no more"])
+def test_the_log_does_not_stay_for_a_peer_that_does_not_follow(how: str) -> None:
+    world = World()
+    world.ask()
+    world.snapshots.finish(None, Checkpoint(50, 1, b""))
+    if how == "away":
+        world.transport.gone.add("b")
+    elif how == "removed":
+        world.replicas.set_members({"c"})
+    else:
+        world.replicas.leadership_lost()
+    assert world.replicas.needed(90) == 90
 
 
 def test_a_member_that_left_leaves_no_pause_behind() -> None:

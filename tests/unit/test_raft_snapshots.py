@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from kvstore.errors import KvError, StartupError
+from kvstore.raft.flush import LOG_SNAPSHOT_BYTES_MAX
 from kvstore.raft.fsm import Checkpoint
 from kvstore.raft.node import RaftNode
 from kvstore.raft.replicas import RETRY_S
@@ -46,6 +47,39 @@ def test_a_snapshot_that_is_refused_is_not_taken_anew_with_every_heartbeat(monke
     cluster.until(lambda: node.machine.applied_index == leader.machine.applied_index, within_s=2 * RETRY_S)
 
 
+@pytest.mark.parametrize("log_bytes_max", [LOG_SNAPSHOT_BYTES_MAX, 0])
+def test_a_flush_between_a_snapshot_and_what_follows_it(monkeypatch: pytest.MonkeyPatch, log_bytes_max: int) -> None:
+    """The log is kept for a peer that is about to get it. Where it is too long by then, another snapshot is due."""
+    monkeypatch.setattr("kvstore.raft.flush.LOG_TAIL_BYTES", 0)
+    monkeypatch.setattr("kvstore.raft.flush.LOG_SNAPSHOT_BYTES_MAX", log_bytes_max)
+    cluster, leader, node = lagging()
+    sent = leader._replicas._sent
+    snapshots = []
+
+    def sent_late(peer: str, error: KvError | None, checkpoint: Checkpoint | None) -> None:
+        assert error is None
+        snapshots.append(checkpoint)
+        if len(snapshots) > 1:
+            sent(peer, error, checkpoint)
+            return
+
+        def flushed() -> None:
+            sent(peer, None, checkpoint)
+            leader._flush._ended(leader.machine.flush(), None)
+
+        for number in range(100, 110):
+            cluster.propose(leader, number)
+        leader.propose(b"the last before the flush", lambda _result, _error: cluster.time.call_soon(flushed))
+
+    monkeypatch.setattr(leader._replicas, "_sent", sent_late)
+    cluster.until(lambda: node.machine.applied_index == leader.machine.applied_index > 30, within_s=4 * RETRY_S)
+    assert cluster.machine("c").payloads == cluster.machine("a").payloads
+    cluster.time.advance(0.5)
+    assert len(snapshots) == (1 if log_bytes_max else 2)
+    leader._flush._ended(leader.machine.flush(), None)
+    assert cluster.wal("a").first_index == leader.machine.applied_index, "it is kept for nobody any more"
+
+
 def test_a_node_that_cannot_open_a_snapshot_fails_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would go on without a state, and answer nobody."""
     cluster, leader, node = lagging()
@@ -59,7 +93,7 @@ def test_a_node_that_cannot_open_a_snapshot_fails_and_says_why(monkeypatch: pyte
     cluster.until(lambda: node.failure is not None)
     assert [error.code for error in fatal] == ["state_damaged"]
     assert node.status().role == "failed"
-    cluster.until(lambda: not leader._replicas.receiving, within_s=60.0)
+    cluster.until(lambda: not leader._replicas._receiving, within_s=60.0)
     assert cluster.leader is leader
     # A restart finds the state that it had, and gets the snapshot again.
     cluster.crash("c")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 
 from kvstore.errors import KvError, Refused, Unavailable
 from kvstore.raft import snapshot_wire as wire
 from kvstore.raft.fsm import Checkpoint
+from kvstore.raft.snapshot_receiver import SYNC_BYTES
+from kvstore.raft.snapshot_wire import CHUNK_BYTES
 from kvstore.raft.state_directory import StateDirectory
 from kvstore.raft.transport import Purpose
+from tests.fake_files import FaultyFile
 from tests.unit.snapshot_world import MIB, Node, World
 
 SIZE_BYTES = 3 * MIB
@@ -459,6 +463,29 @@ def test_what_waits_is_bounded_when_the_receivers_disk_is_slow(world: World, pai
         most = max(most, waiting + (partial.waiting_bytes if partial else 0))
     assert sender.results["n2"][0] is None
     assert most < 16 * MIB
+
+
+def test_what_arrives_is_synced_as_it_comes(
+    world: World, pair: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, receiver = pair
+    sender.machine.state["large"] = random.Random(3).randbytes(3 * SYNC_BYTES)
+    synced_at: list[int] = []
+    sync = FaultyFile.sync
+
+    def syncing(file: FaultyFile) -> None:
+        sync(file)
+        partial = receiver.snapshots._receiver._partial
+        if partial is not None and file.path.startswith(partial.path):
+            synced_at.append(sum(partial.positions))
+
+    monkeypatch.setattr(FaultyFile, "sync", syncing)
+    sender.send("n2")
+    assert world.run_until_sent("n2") is None
+    assert_installed(sender, receiver)
+    whole = synced_at[-1]
+    early = [0, *(at for at in synced_at if at < whole), whole]
+    assert max(after - before for before, after in pairwise(early)) < SYNC_BYTES + CHUNK_BYTES
 
 
 def test_wire_round_trip() -> None:
