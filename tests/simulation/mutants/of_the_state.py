@@ -73,7 +73,9 @@ def log_is_dropped_to_what_is_applied(patches: Patches) -> None:
         ),
     )
     patches.rewrite(
-        StateFlush, "_ended", ("self._wal.drop_before(index, LOG_TAIL_BYTES)", "self._wal.drop_before(index, 0)")
+        StateFlush,
+        "_ended",
+        ("self._wal.drop_before(self._needed(index), LOG_TAIL_BYTES)", "self._wal.drop_before(index, 0)"),
     )
 
 
