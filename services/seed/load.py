@@ -27,7 +27,7 @@ from services.seed.people import SeedUser, user
 from services.seed.products import SeedProduct, product
 from services.users.accounts import account_absent, account_puts
 from services.users.audit import OPERATOR, Action, AuditLog
-from services.users.credentials import normalise_email
+from services.users.emails import normalise_email
 from services.users.passwords import Passwords, check_length, check_password
 from services.users.postal import new_address
 from services.users.records import NOBODY, User, address_key, decode_user, email_key, encode, user_key

@@ -21,11 +21,11 @@ from services.users.credentials import (
     Seen,
     learned,
     no_account,
-    normalise_email,
     ranges_of,
     read_user,
     wrong_password,
 )
+from services.users.emails import normalise_email
 from services.users.mailing import NOTICE_PASSWORD, ask_for_mail
 from services.users.passwords import Passwords, check_password
 from services.users.records import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,6 +9,7 @@ from msgspec import Struct
 
 import kvstore
 from services.users.audit import Action, AuditLog, Origin
+from services.users.emails import email_or_none, normalise_email
 from services.users.passwords import Passwords
 from services.users.records import (
     NOBODY,
@@ -36,34 +36,7 @@ from services.users.throttle import (
 from services.web.clients import counted_address
 from services.web.problems import Problem, field_problem
 
-EMAIL_BYTES_MAX: Final = 254  # of RFC 5321's path, without its brackets
 _KNOWN_MAX: Final = 20  # homes, offices and carriers of the last months
-
-
-def normalise_email(email: str, pointer: str = "/email") -> str:
-    """One spelling for all spellings of an email that we hold to be the same. Raises `Problem` if it is none."""
-    text = unicodedata.normalize("NFKC", email.strip()).casefold()
-    local, at, domain = text.rpartition("@")
-    labels = domain.split(".")
-    if (
-        not at
-        or not 1 <= len(local) <= 64
-        or "@" in local
-        or len(labels) < 2
-        or not all(labels)
-        or not text.isprintable()
-        or len(text.encode()) > EMAIL_BYTES_MAX
-        or any(character.isspace() for character in text)
-    ):
-        raise field_problem(pointer, "invalid_value", "This is no email address")
-    return text
-
-
-def email_or_none(email: str) -> str | None:
-    try:
-        return normalise_email(email)
-    except Problem:
-        return None
 
 
 class Seen(Struct, frozen=True):

@@ -21,7 +21,8 @@ from msgspec import Struct
 
 import kvstore
 from services.users.audit import Action, ActivityBody, AuditLog, Origin, activity_body
-from services.users.credentials import Credentials, normalise_email, read_user, wrong_password
+from services.users.credentials import Credentials, read_user, wrong_password
+from services.users.emails import normalise_email
 from services.users.postal import AddressBody, address_body
 from services.users.records import (
     AUDIT,

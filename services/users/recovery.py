@@ -17,12 +17,11 @@ from services.users.accounts import Accounts
 from services.users.audit import Action, AuditLog, Origin
 from services.users.credentials import (
     Credentials,
-    email_or_none,
     learn_address,
-    normalise_email,
     read_user,
     wrong_password,
 )
+from services.users.emails import email_or_none, normalise_email
 from services.users.mailing import (
     CONFIRM_EMAIL,
     NOTICE_EMAIL,

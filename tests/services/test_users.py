@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from yarl import URL
 
-from services.users.credentials import normalise_email
+from services.users.emails import normalise_email
 from services.users.passwords import HASHING_MAX, Passwords
 from services.users.records import user_key
 from services.web.problems import Problem
