@@ -94,7 +94,8 @@ class OrderEndpoints:
     async def list_orders(self, call: Call, query: OrderQuery) -> web.Response:
         """List orders, the newest first
 
-        One's own; for staff those of all, or of `user_id`.
+        One's own; for staff those of all, or of one customer. A page that had to look at very many orders may hold
+        fewer than `limit`, or none, and yet have a `next_cursor`: go on with it.
         """
         return json_response(encode(await self._search.page(call.caller, query)))
 

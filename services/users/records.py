@@ -24,7 +24,8 @@ under it, so that it costs what it costs for one that is.
 
 **For other services**: `erased-user/{id}` is created in the transaction that erases the account. Whoever keeps copies
 of a user's name, address or email watches this prefix (with a cursor of its own) and makes its copies anonymous;
-reading the one key tells whether a user is still to be named at all.
+reading the one key tells whether a user is still to be named at all. Whose an email is, staff's search for orders reads
+in `user-email/`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
 
 from msgspec import Meta
@@ -23,6 +24,18 @@ ID_MAX: Final = 2**53 - 1
 Id = Annotated[int, Meta(ge=1, le=ID_MAX)]
 # What `timestamp` gives, for the document.
 Timestamp = Annotated[str, Meta(examples=["2026-01-31T12:34:56.789Z"], extra_json_schema={"format": "date-time"})]
+# A moment that a client gives. What the pattern cannot say (a February has no 30th), `parse_moment` does.
+Moment = Annotated[
+    str,
+    Meta(
+        max_length=40,
+        pattern=r"\A(?!0000)[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+        r"[Tt]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])\Z",
+        examples=["2026-01-31T12:34:56.789Z", "2026-01-31T13:34:56+01:00"],
+        extra_json_schema={"format": "date-time"},
+    ),
+]
+_UNIX_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _EPOCH_MS: Final = 1_735_689_600_000  # 2025-01-01T00:00:00Z
 _CHANCE_BITS: Final = 12
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
@@ -37,6 +50,22 @@ def now_ms() -> int:
 def timestamp(moment_ms: int) -> str:
     """RFC 3339, in UTC, with milliseconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment_ms // 1000)) + f".{moment_ms % 1000:03d}Z"
+
+
+def parse_moment(text: str) -> int | None:
+    """The first millisecond (since 1970) that is not before the moment, or None where there is no such day. `text` is a
+    `Moment`."""
+    try:
+        moment = datetime.fromisoformat(text.upper())
+    except ValueError:
+        return None
+    return -((_UNIX_EPOCH - moment) // timedelta(milliseconds=1))
+
+
+def first_id(moment_ms: int) -> int:
+    """No id that was drawn at that moment or later is smaller. What it gives may be no id: years before 2025 or far
+    ahead have none."""
+    return (moment_ms - _EPOCH_MS) << _CHANCE_BITS
 
 
 class Ids:
