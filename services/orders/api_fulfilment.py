@@ -14,13 +14,13 @@ from services.orders.bodies import ReturnBody, ShipmentBody
 from services.orders.book import OrderBook, Said
 from services.orders.draft import Draft
 from services.orders.placing import LineBody
-from services.orders.records import LINES_MAX, encode
+from services.orders.records import LINES_MAX, decode_return, decode_shipment, encode
 from services.payments.provider import AMOUNT_MAX
 from services.web.answers import json_response
 from services.web.bodies import Name, RequestBody, Text
 from services.web.endpoints import Access, Call, get, post
+from services.web.etags import tagged_response
 from services.web.ids import Id
-from services.web.problems import Problem
 
 
 class ShipmentInput(RequestBody, frozen=True):
@@ -73,13 +73,11 @@ class FulfilmentEndpoints:
         whole = await self._book.read_for(call, id)
         return json_response(encode([bodies.shipment_of(shipment) for shipment in whole.shipments.values()]))
 
-    @get("/v1/orders/{id}/shipments/{number}", {200: ShipmentBody}, access=Access.SIGNED_IN)
+    @get("/v1/orders/{id}/shipments/{number}", {200: ShipmentBody, 304: None}, access=Access.SIGNED_IN)
     async def read_shipment(self, call: Call, id: Id, number: Number) -> web.Response:
         """Read a shipment"""
-        shipment = (await self._book.read_for(call, id)).shipments.get(number)
-        if shipment is None:
-            raise Problem("not_found", "The order has no such shipment")
-        return json_response(encode(bodies.shipment_of(shipment)))
+        shipment, revision = await self._book.read_part_for(call, id, "shipment", number, decode_shipment)
+        return tagged_response(call.request, encode(bodies.shipment_of(shipment)), revision)
 
     @post(
         "/v1/orders/{id}/shipments/{number}/deliver",
@@ -118,13 +116,11 @@ class FulfilmentEndpoints:
         whole = await self._book.read_for(call, id)
         return json_response(encode([bodies.return_of(one) for one in whole.returns.values()]))
 
-    @get("/v1/orders/{id}/returns/{number}", {200: ReturnBody}, access=Access.SIGNED_IN)
+    @get("/v1/orders/{id}/returns/{number}", {200: ReturnBody, 304: None}, access=Access.SIGNED_IN)
     async def read_return(self, call: Call, id: Id, number: Number) -> web.Response:
         """Read a return"""
-        found = (await self._book.read_for(call, id)).returns.get(number)
-        if found is None:
-            raise Problem("not_found", "The order has no such return")
-        return json_response(encode(bodies.return_of(found)))
+        found, revision = await self._book.read_part_for(call, id, "return", number, decode_return)
+        return tagged_response(call.request, encode(bodies.return_of(found)), revision)
 
     @post(
         "/v1/orders/{id}/returns/{number}/approve",

@@ -115,7 +115,7 @@ class OrderEndpoints:
         body = encode(OrderTotalBody(order.id, order.user_id, order.total))
         return tagged_response(call.request, body, revision)
 
-    @get("/v1/orders/{id}/details", {200: StaffOrderBody}, access=Access.STAFF)
+    @get("/v1/orders/{id}/details", {200: StaffOrderBody, 304: None}, access=Access.STAFF)
     async def read_order_details(self, call: Call, id: Id) -> web.Response:
         """Read an order as staff: where it goes to, and whether it needs attention"""
         result = await self._store.txn(success=[kvstore.Range(order_key(id)), kvstore.Range(address_key(id))])
@@ -124,7 +124,10 @@ class OrderEndpoints:
             raise no_order()
         order = decode_order(orders[0].value)
         ship_to = ship_to_of(decode_ship_to(addresses[0].value)) if addresses else None
-        return json_response(encode(StaffOrderBody(order_of(order), order.needs_attention or None, ship_to)))
+        body = encode(StaffOrderBody(order_of(order), order.needs_attention or None, ship_to))
+        # Where it goes to is a record of its own, which goes when its customer's account is erased.
+        revisions = (orders[0].mod_revision, addresses[0].mod_revision if addresses else 0)
+        return tagged_response(call.request, body, *revisions)
 
     @post(
         "/v1/orders/{id}/cancel", {200: OrderBody}, access=Access.SIGNED_IN, idempotent=True, problems=("order_state",)
@@ -160,14 +163,14 @@ class OrderEndpoints:
 
         return await self._book.change(call, id, decide)
 
-    @get("/v1/orders/{id}/ship-to", {200: ShipToBody}, access=Access.SIGNED_IN)
+    @get("/v1/orders/{id}/ship-to", {200: ShipToBody, 304: None}, access=Access.SIGNED_IN)
     async def read_ship_to(self, call: Call, id: Id) -> web.Response:
         """Read where an order goes to"""
         await self._order(call, id)
         record = await self._store.get(address_key(id))
         if record is None:
             raise Problem("not_found", "Nobody has said where the order goes to")
-        return json_response(encode(ship_to_of(decode_ship_to(record.value))))
+        return tagged_response(call.request, encode(ship_to_of(decode_ship_to(record.value))), record.mod_revision)
 
     @post(
         "/v1/orders/{id}/ship-to",

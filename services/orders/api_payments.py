@@ -21,12 +21,13 @@ from services.orders import bodies, paying
 from services.orders.bodies import PaymentBody, RefundBody
 from services.orders.book import OrderBook, Said
 from services.orders.draft import PAYMENT_STEP, REFUND_STEP, Draft, payment_subject
-from services.orders.records import CaptureMode, InboxMark, encode, inbox_key
+from services.orders.records import CaptureMode, InboxMark, decode_payment, decode_refund, encode, inbox_key
 from services.payments.loading import OpenProvider
 from services.payments.provider import AMOUNT_MAX, InvalidWebhook, Operation, Provider
 from services.web.answers import json_response
 from services.web.bodies import BODY_TIMEOUT_S, RequestBody, Text
 from services.web.endpoints import Access, Call, get, post
+from services.web.etags import tagged_response
 from services.web.ids import Id, now_ms
 from services.web.leases import SharedLease
 from services.web.problems import Problem
@@ -104,13 +105,11 @@ class PaymentEndpoints:
         whole = await self._book.read_for(call, id)
         return json_response(encode([bodies.payment_of(payment) for payment in whole.payments.values()]))
 
-    @get("/v1/orders/{id}/payments/{attempt}", {200: PaymentBody}, access=Access.SIGNED_IN)
+    @get("/v1/orders/{id}/payments/{attempt}", {200: PaymentBody, 304: None}, access=Access.SIGNED_IN)
     async def read_payment(self, call: Call, id: Id, attempt: Number) -> web.Response:
         """Read an attempt to pay"""
-        payment = (await self._book.read_for(call, id)).payments.get(attempt)
-        if payment is None:
-            raise Problem("not_found", "The order has no such payment")
-        return json_response(encode(bodies.payment_of(payment)))
+        payment, revision = await self._book.read_part_for(call, id, "payment", attempt, decode_payment)
+        return tagged_response(call.request, encode(bodies.payment_of(payment)), revision)
 
     @post("/v1/orders/{id}/payments/{attempt}/complete", {200: PaymentBody}, access=Access.SIGNED_IN, idempotent=True)
     async def complete_payment(self, call: Call, id: Id, attempt: Number) -> web.Response:
@@ -181,13 +180,11 @@ class PaymentEndpoints:
         whole = await self._book.read_for(call, id)
         return json_response(encode([bodies.refund_of(refund) for refund in whole.refunds.values()]))
 
-    @get("/v1/orders/{id}/refunds/{number}", {200: RefundBody}, access=Access.SIGNED_IN)
+    @get("/v1/orders/{id}/refunds/{number}", {200: RefundBody, 304: None}, access=Access.SIGNED_IN)
     async def read_refund(self, call: Call, id: Id, number: Number) -> web.Response:
         """Read a refund"""
-        refund = (await self._book.read_for(call, id)).refunds.get(number)
-        if refund is None:
-            raise Problem("not_found", "The order has no such refund")
-        return json_response(encode(bodies.refund_of(refund)))
+        refund, revision = await self._book.read_part_for(call, id, "refund", number, decode_refund)
+        return tagged_response(call.request, encode(bodies.refund_of(refund)), revision)
 
 
 class WebhookEndpoints:

@@ -134,19 +134,20 @@ class StockApi:
             call.request, call.idempotency, sku, body.delta, body.reason, call.caller.user_id
         )
 
-    @get("/v1/products/{sku}/stock", {200: (StockBody, AvailabilityBody)})
+    @get("/v1/products/{sku}/stock", {200: (StockBody, AvailabilityBody), 304: None})
     async def read_stock(self, call: Call, sku: Sku) -> web.Response:
         """Read how much there is
 
-        What is available; for staff also how much of it placed orders hold.
+        What is available; for staff also how much of it placed orders hold, and so with another ETag.
         """
         is_staff = _is_staff(call)
         level = await self._catalogue.stock(sku)
         if level is None or not (level.is_active or is_staff):
             raise no_product(sku)
         if is_staff:
-            return json_response(encode(StockBody(sku, level.on_hand, level.reserved, level.allocated)))
-        return json_response(encode(AvailabilityBody(sku, level.on_hand)))
+            body = encode(StockBody(sku, level.on_hand, level.reserved, level.allocated))
+            return tagged_response(call.request, body, *level.revisions)
+        return tagged_response(call.request, encode(AvailabilityBody(sku, level.on_hand)), level.revisions[0])
 
     @get("/v1/products/{sku}/stock/adjustments", {200: Page[AdjustmentBody]}, access=Access.STAFF)
     async def list_adjustments(self, call: Call, sku: Sku, query: PageQuery) -> web.Response:

@@ -16,6 +16,7 @@ from aiohttp import web
 
 import kvstore
 from services.orders.draft import Draft, Whole, reads, whole_of
+from services.orders.records import Payment, Refund, Return, Shipment, decode_order, order_key, part_key
 from services.web.answers import json_response
 from services.web.endpoints import Call
 from services.web.idempotency import refuse_and_store
@@ -31,6 +32,7 @@ R = TypeVar("R")
 # What a command did: the body of its answer, and where what it made can be read, if it made something.
 Said = tuple[bytes, str]
 Records = tuple[kvstore.Record, ...]
+P = TypeVar("P", Payment, Refund, Return, Shipment)
 
 
 class OrderBook:
@@ -50,6 +52,20 @@ class OrderBook:
         if whole is None or not may_see(call, whole.order.user_id):
             raise no_order()
         return whole
+
+    async def read_part_for(
+        self, call: Call, order_id: int, kind: str, number: int, decode: Callable[[bytes], P]
+    ) -> tuple[P, int]:
+        """One payment, refund, shipment or return (`kind`) of an order, and its revision, for who may see the order.
+        Raises `Problem` `not_found`."""
+        keys = (order_key(order_id), part_key(kind, order_id, number))
+        result = await self._store.txn(success=[kvstore.Range(key) for key in keys])
+        orders, parts = (one.records for one in result.results if isinstance(one, kvstore.RangeResult))
+        if not orders or not may_see(call, decode_order(orders[0].value).user_id):
+            raise no_order()
+        if not parts:
+            raise Problem("not_found", f"The order has no such {kind}")
+        return decode(parts[0].value), parts[0].mod_revision
 
     async def change(self, call: Call, order_id: int, decide: Callable[[Draft], Said]) -> web.Response:
         """Answer an idempotent command: `decide` changes the draft and says the answer, or refuses with `Problem`. An

@@ -66,12 +66,13 @@ class AdjustmentBody(Struct, frozen=True):
 
 
 class StockLevel(Struct, frozen=True):
-    """`is_active` is the product's."""
+    """`is_active` is the product's. `revisions` are those of the three numbers, in this order."""
 
     on_hand: int
     reserved: int
     allocated: int
     is_active: bool
+    revisions: tuple[int, int, int]
 
 
 class Catalogue:
@@ -161,7 +162,9 @@ class Catalogue:
         if not product.records:
             return None
         on_hand, reserved, allocated = map(_number, numbers)
-        return StockLevel(on_hand, reserved, allocated, decode_product(product.records[0].value).is_active)
+        is_active = decode_product(product.records[0].value).is_active
+        first, second, third = (found.records[0].mod_revision if found.records else 0 for found in numbers)
+        return StockLevel(on_hand, reserved, allocated, is_active, (first, second, third))
 
     async def adjust(
         self, request: web.Request, idempotency: Idempotency, sku: str, delta: int, reason: str, user_id: int

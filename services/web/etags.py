@@ -1,4 +1,5 @@
-"""ETags from a record's revision: strong, because every change of the record takes a new revision.
+"""ETags from a record's revision: strong, because every change of the record takes a new revision. What is put together
+from several records has all of their revisions in its ETag (0: there is none).
 
 Reading with `If-None-Match` gives 304 where the client has the newest. Writing with `If-Match` is checked against the
 revision that the transaction that writes compares; checking it alone would leave a gap.
@@ -19,13 +20,13 @@ _IF_MATCH: Final = re.compile(IF_MATCH_PATTERN.replace("$", r"\Z"))
 _TAG: Final = re.compile(r'(W/)?("[!#-~]*")')
 
 
-def etag(revision: int) -> str:
-    return f'"{revision}"'
+def etag(*revisions: int) -> str:
+    return f'"{"-".join(map(str, revisions))}"'
 
 
-def tagged_response(request: web.Request, body: bytes, revision: int) -> web.Response:
-    """A 200 with the record's ETag, or 304 where the client has just that."""
-    tag = etag(revision)
+def tagged_response(request: web.Request, body: bytes, *revisions: int) -> web.Response:
+    """A 200 with the record's ETag, or that of several, or 304 where the client has just that."""
+    tag = etag(*revisions)
     known = request.headers.get("If-None-Match")
     # A weak compare, as RFC 9110 has it for reads.
     if known is not None and (

@@ -278,7 +278,8 @@ _TEXT: Final[dict[str, Any]] = {"type": "string"}
 # Readers differ on whether a stream's schema is that of its text or of one event, so it demands neither.
 _EVENTS: Final = {"description": "Server-sent events, for as long as the client stays; see the description."}
 _SECONDS: Final[dict[str, Any]] = {"type": "integer", "minimum": 0}
-_ETAG: Final[dict[str, Any]] = {"type": "string", "pattern": '^"[1-9][0-9]{0,17}"$'}
+# A revision; of what is put together from records, those of three at most, of which some may not be there.
+_ETAG: Final[dict[str, Any]] = {"type": "string", "pattern": '^"(0|[1-9][0-9]{0,17})(-(0|[1-9][0-9]{0,17})){0,2}"$'}
 # Those that an answer must have are required: what the document says of them is tested.
 _HEADERS: Final = {
     "X-Request-Id": _header("What this request is called in the log.", _TEXT, required=True),
