@@ -89,7 +89,7 @@ def user_index(case: Case) -> Iterator[Difference]:
 
 @ORDER_CHECKS("attention_index")
 def attention_index(case: Case) -> Iterator[Difference]:
-    """Orders that need attention stand in their index with the code of why, and the index holds nothing else."""
+    """Orders that need attention stand in their index with the codes of why, and the index holds nothing else."""
     needed = case.order.needs_attention or None
     if case.attention != needed:
         yield Difference(attention_place(case.order), needed or "no entry", case.attention or "no entry")

@@ -24,7 +24,7 @@ from services.orders.bodies import (
 from services.orders.book import OrderBook, Said, may_see, no_order
 from services.orders.draft import Draft
 from services.orders.feed import EventFeed
-from services.orders.order_search import OrderQuery, OrderSearch
+from services.orders.order_search import AttentionCode, OrderQuery, OrderSearch
 from services.orders.placing import LineBody, Placement, Placing
 from services.orders.records import (
     LINES_MAX,
@@ -124,7 +124,8 @@ class OrderEndpoints:
             raise no_order()
         order = decode_order(orders[0].value)
         ship_to = ship_to_of(decode_ship_to(addresses[0].value)) if addresses else None
-        body = encode(StaffOrderBody(order_of(order), order.needs_attention or None, ship_to))
+        codes = order.attention_codes
+        body = encode(StaffOrderBody(order_of(order), codes[-1] if codes else None, codes, ship_to))
         # Where it goes to is a record of its own, which goes when its customer's account is erased.
         revisions = (orders[0].mod_revision, addresses[0].mod_revision if addresses else 0)
         return tagged_response(call.request, body, *revisions)
@@ -192,12 +193,26 @@ class OrderEndpoints:
 
     @post("/v1/orders/{id}/attended", {200: OrderBody}, access=Access.STAFF, idempotent=True)
     async def attend_order(self, call: Call, id: Id) -> web.Response:
-        """Say that an order needs no more attention"""
+        """Say that an order needs no more attention
+
+        For whatever reason it did, also one that came a moment ago.
+        """
 
         def decide(draft: Draft) -> Said:
-            if draft.order.needs_attention:
-                draft.set(needs_attention="")
-                draft.tell("order.attended")
+            draft.attended(*draft.order.attention_codes)
+            return order_body(draft.order), ""
+
+        return await self._book.change(call, id, decide)
+
+    @post("/v1/orders/{id}/attended/{code}", {200: OrderBody}, access=Access.STAFF, idempotent=True)
+    async def attend_order_code(self, call: Call, id: Id, code: AttentionCode) -> web.Response:
+        """Say that an order needs no more attention for one reason
+
+        It still does for the others. One that is not open (any more) changes nothing.
+        """
+
+        def decide(draft: Draft) -> Said:
+            draft.attended(code)
             return order_body(draft.order), ""
 
         return await self._book.change(call, id, decide)

@@ -100,10 +100,12 @@ class ShipToBody(Struct, frozen=True):
 
 
 class StaffOrderBody(Struct, frozen=True):
-    """One of the orders that staff find."""
+    """One of the orders that staff find. `attention_codes` says why they have to look at it, the oldest reason first;
+    `needs_attention` is the newest of them."""
 
     order: OrderBody
     needs_attention: str | None
+    attention_codes: tuple[str, ...]
     ship_to: ShipToBody | None
 
 

@@ -65,6 +65,10 @@ PAYMENT_STEP: Final = "payment"
 REFUND_STEP: Final = "refund"
 EXPIRY_STEP: Final = "expire"
 
+# More than twice as many as there are (docs/services.md lists them), so that none is ever dropped for another; and yet
+# a code that is made of data by mistake does not make an order's record grow with each failure.
+ATTENTION_CODES_MAX: Final = 32
+
 
 class Whole(Struct, frozen=True):
     """An order with everything that belongs to it, as of one moment. Parts are by their numbers."""
@@ -189,10 +193,20 @@ class Draft:
         )
 
     def want_attention(self, code: str) -> None:
-        """Staff have to look at it; they alone are told why."""
-        if self.order.needs_attention != code:
-            self.set(needs_attention=code)
+        """Staff have to look at it, for this reason as well; they alone are told why. One that is open already says
+        nothing new. Past the bound the oldest gives way."""
+        assert len(code.split()) == 1, code
+        open_codes = self.order.attention_codes
+        if code not in open_codes:
+            self.set(needs_attention=" ".join([*open_codes, code][-ATTENTION_CODES_MAX:]))
             self.tell("order.needs_attention")
+
+    def attended(self, *codes: str) -> None:
+        """Staff have seen to these of its open codes."""
+        left = [code for code in self.order.attention_codes if code not in codes]
+        if len(left) < len(self.order.attention_codes):
+            self.set(needs_attention=" ".join(left))
+            self.tell("order.attended")
 
     def send_to(self, ship_to: ShipTo) -> None:
         """Where it goes to from now on."""

@@ -44,6 +44,7 @@ NUMBER_CHARS_MAX: Final = 40
 OrderNumber = Annotated[
     str, Meta(min_length=1, max_length=NUMBER_CHARS_MAX, description="An order's number, as people type it.")
 ]
+AttentionCode = Annotated[str, Meta(max_length=64, pattern=r"\A[a-z0-9]+(_[a-z0-9]+)*\Z", examples=["refund_failed"])]
 # `normalise_email` decides; the document says what comes closest.
 CustomersEmail = Annotated[
     str,
@@ -70,6 +71,7 @@ class OrderQuery(PageQuery, frozen=True):
     ) = None
     placed_to: Annotated[Moment, Meta(description="Placed before this moment.")] | None = None
     needs_attention: Annotated[bool, Meta(description="For staff.")] | None = None
+    attention_code: Annotated[AttentionCode, Meta(description="For staff: one of the reasons is this.")] | None = None
 
 
 # Candidates that are looked at for one page where the index alone does not decide; what they leave is on the next one.
@@ -80,7 +82,7 @@ _READ_AT_ONCE: Final = 100  # of them: a page, where all of them match
 # clocks that are slewed as they should be never are by more than this. It costs looking at so many seconds' orders.
 _ID_AND_TIME_APART_MS: Final = 5_000
 
-_Condition = Literal["state", "user_id", "sku", "placed", "needs_attention"]
+_Condition = Literal["state", "user_id", "sku", "placed", "needs_attention", "attention_code"]
 
 
 class _Found(Struct, frozen=True):
@@ -109,6 +111,7 @@ class _Wanted(Struct, frozen=True):
             query.state in (None, order.state)
             and self.user_id in (None, order.user_id)
             and query.needs_attention in (None, bool(order.needs_attention))
+            and (query.attention_code is None or query.attention_code in order.attention_codes)
             and (self.oldest_ms is None or order.created_ms >= self.oldest_ms)
             and (self.too_new_ms is None or order.created_ms < self.too_new_ms)
             and (query.sku is None or any(line.sku == query.sku for line in order.lines))
@@ -122,6 +125,7 @@ class _Wanted(Struct, frozen=True):
             "sku": self.query.sku is not None,
             "placed": self.oldest_ms is not None or self.too_new_ms is not None,
             "needs_attention": self.query.needs_attention is not None,
+            "attention_code": self.query.attention_code is not None,
         }
         is_exact = all(name in decided for name, is_given in given.items() if is_given)
         return self.query.limit if is_exact else LOOKED_AT_MAX
@@ -153,8 +157,8 @@ class OrderSearch:
     async def page(self, caller: Caller, query: OrderQuery) -> Page[OrderBody]:
         """Raises `Problem`: `forbidden`, `invalid_parameter`."""
         if not caller.is_staff:
-            of_staff = query.needs_attention is not None or query.email is not None
-            if of_staff or query.user_id not in (None, caller.user_id):
+            of_staff = (query.needs_attention, query.attention_code, query.email)
+            if of_staff != (None, None, None) or query.user_id not in (None, caller.user_id):
                 raise Problem("forbidden", "Others' orders are for staff")
             query = msgspec.structs.replace(query, user_id=caller.user_id)
         wanted = await self._wanted(query)
@@ -196,7 +200,7 @@ class OrderSearch:
             order_id = parse_order_number(query.number)
             is_there = order_id is not None and await self._store.get(order_key(order_id)) is not None
             return _Found([b""], [order_id], False) if order_id is not None and is_there else _NOTHING
-        if query.needs_attention:
+        if query.needs_attention or query.attention_code is not None:
             return await self._merged([ATTENTION], wanted, wanted.look_at("needs_attention"))
         if wanted.user_id is not None:
             prefix = user_orders_of(wanted.user_id)

@@ -12,7 +12,7 @@
 | `order/{id}` | `Order` |
 | `user-orders/{user}/{inverted time}/{order}` | nothing: the key is the index, newest first |
 | `order-state/{state}/{inverted id}` | nothing: the index by state, newest first; every order stands under one |
-| `order-attention/{inverted id}` | the code of why staff have to look at an order |
+| `order-attention/{inverted id}` | the codes of why staff have to look at an order, as they stand in it |
 | `order-address/{order}` | `ShipTo` |
 | `order-event/{order}/{seq}` | `EventRecord` |
 | `payment/{order}/{attempt}`, `refund/{order}/{n}`, `shipment/{order}/{n}`, `return/{order}/{n}` | of an order |
@@ -108,7 +108,8 @@ class OrderLine(Struct, frozen=True, gc=False):
 class Order(Struct, frozen=True, tag_field="v", tag=1):
     """The record by whose revision everything about the order is serialised: whatever changes an order, or a payment,
     refund, shipment or return of it, writes this too. `refunded` includes refunds that are pending. The counters are
-    those of its payments and so on: numbers start at 1."""
+    those of its payments and so on: numbers start at 1. `needs_attention` has the open codes, the oldest first, with
+    blanks between them: older versions know one code there, and can read this as one."""
 
     id: int
     number: str
@@ -135,6 +136,11 @@ class Order(Struct, frozen=True, tag_field="v", tag=1):
     needs_attention: str = ""
     cancel_reason: str = ""
     cart_id: int = 0
+
+    @property
+    def attention_codes(self) -> tuple[str, ...]:
+        """Why staff have to look at it, the oldest first; each once."""
+        return tuple(self.needs_attention.split())
 
     @property
     def owed(self) -> int:

@@ -19,6 +19,7 @@ import pytest
 import kvstore
 from services.__main__ import create_staff as create_staff_command
 from services.orders import steps
+from services.orders.draft import ATTENTION_CODES_MAX
 from services.payments.loading import load_provider
 from services.payments.provider import Provider
 from services.sandbox_psp.process import API_KEY, WEBHOOK_SECRET
@@ -118,6 +119,11 @@ def test_every_reason_code_of_a_step_is_explained() -> None:
     explained = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert len(explained) == len(set(explained))
     assert set(explained) == set(_reason_codes())
+
+
+def test_an_order_has_room_for_every_reason() -> None:
+    """No code of ours is ever dropped for another, nor one of a version that has a few more."""
+    assert len(set(_reason_codes())) * 2 < ATTENTION_CODES_MAX
 
 
 def _reason_codes() -> Iterator[str]:
