@@ -97,8 +97,7 @@ _NOTHING: Final = _Found([], [], False)
 
 
 class _Wanted(Struct, frozen=True):
-    """A query with its user and its moments looked up. Moments are clamped to what the indexes' keys can say; the
-    newest is the first that is too new."""
+    """A query with its user looked up and its moments read: placed at `oldest_ms` or later, and before `too_new_ms`."""
 
     query: OrderQuery
     user_id: int | None

@@ -97,6 +97,7 @@ async def test_orders_are_found_from_a_moment_on_and_before_another(shop: Shop) 
     for limit in (1, 2, 100):
         assert await found(limit=limit, placed_from=NOON) == newest[:5]
         assert await found(limit=limit, placed_to=NOON) == newest[5:]
+        assert found.pages == ([1, 1] if limit == 1 else [2])  # those of just after noon were looked at on the way
         assert await found(limit=limit, placed_from=NOON, placed_to=timestamp(noon + 2)) == newest[2:5]
         assert await found(limit=limit, placed_from=NOON, placed_to=NOON) == []
         assert await found(limit=limit, placed_from=NOON, placed_to=timestamp(noon + 2), user_id=8) == []
@@ -113,6 +114,26 @@ async def test_orders_are_found_from_a_moment_on_and_before_another(shop: Shop) 
         assert await found(**query) == newest
         assert len(await found(**query, user_id=7)) == 5
     assert await Search(shop, Person(8, "", (await shop.customer()).token))(placed_from=NOON) == []
+
+
+@pytest.mark.parametrize("apart_ms", [-3000, 3000])
+async def test_the_time_that_is_shown_decides_and_not_that_of_the_id(shop: Shop, apart_ms: int) -> None:
+    """They are apart where the process paused between the two, or its clock was set back."""
+    noon = moment(NOON)
+    order_id, state = first_id(noon + apart_ms), OrderState.CONFIRMED
+    order = Order(order_id, order_number(order_id), 7, state, "EUR", (), 5, noon)
+    await shop.store.txn(
+        success=[
+            kvstore.Put(order_key(order_id), encode(order)),
+            kvstore.Put(user_order_key(7, order_id, noon), b""),
+            kvstore.Put(order_state_key(state, order_id), b""),
+        ]
+    )
+    found = Search(shop, await shop.staff())
+    for more in ({}, {"user_id": 7}):
+        for start, end, ids in ((-1, 0, []), (0, 1, [order_id]), (1, 2, [])):
+            period = {"placed_from": timestamp(noon + start), "placed_to": timestamp(noon + end)}
+            assert await found(**period, **more) == ids
 
 
 async def test_customers_find_their_own_by_time_and_product(shop: Shop) -> None:
