@@ -26,7 +26,8 @@ that it writes remember it, and `tracing.traceparent()` is to be passed on to wh
 
 A handler that fails says how: `Again` (later, with backoff) or `Park` (no attempt will help). Too many attempts park a
 step as well; `unpark` gives it back. What else changes when a step is parked, its worker's owner says (`AlsoParked`):
-that is the same transaction.
+that is the same transaction. Where that cannot be (others keep changing what it changes, or the store refuses it), the
+attempt has failed like any other: the step is put off, and counted. Past its attempts it is parked alone.
 
 What this version cannot read (a newer one wrote it, or it is damaged) is parked as it is (`park_unread`), and given
 back as it was: whoever can read it then does it.
@@ -34,11 +35,14 @@ back as it was: whoever can read it then does it.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from enum import StrEnum
 from typing import Any, Final
 
 import msgspec
+import structlog
 from msgspec import Struct
 
 import kvstore
@@ -53,11 +57,16 @@ PARKED: Final = b"parked/"
 BACKOFF_MIN_S: Final = 0.5
 BACKOFF_MAX_S: Final = 300.0
 ATTEMPTS_MAX: Final = 34
-# How often a step's parking is tried against others who change what is to change with it: a customer, staff. After that
-# it is put off, and parked with its next attempt.
+# What is taken off a pause, at most and by chance: a provider that was away must not meet all that waited for it at
+# once. No more, so that two hours stay some two hours.
+JITTER: Final = 0.25
+_DOUBLINGS_MAX: Final = 32  # far past `BACKOFF_MAX_S`, and far from the largest float
+# How often a step's parking is tried at once against others who change what is to change with it: a customer, staff.
+# And so many attempts past `ATTEMPTS_MAX` it is put off for that, before it is parked alone.
 _PARKINGS_MAX: Final = 8
 # Each time somebody else parked the very step anew meanwhile, after an attempt at it.
 _UNPARK_RACES_MAX: Final = 8
+_DETAIL_CHARS_MAX: Final = 2000  # staff read it in a list; others wrote it, and the worker's log has all of it
 
 UNREADABLE: Final = "unreadable"
 _AFTER_QUEUE: Final = re.compile(rb"([0-9]{16})/([!-.0-~]+)/([!-~]+)\Z")
@@ -95,6 +104,15 @@ class ParkedStep(Struct, frozen=True, tag_field="v", tag=1):
     unread: bytes = b""
 
 
+class Ending(StrEnum):
+    """What came of an attempt. One that asked to look `once` is dropped where it failed."""
+
+    FINISHED = "finished"
+    RETRIED = "retried"
+    PARKED = "parked"
+    DROPPED = "dropped"
+
+
 class Again(Exception):
     """Try the step again, after `after_s` or the usual pause. `code` is stable and says why."""
 
@@ -119,6 +137,8 @@ class ClaimLost(Exception):
 
 # Of a step and its reason code: what must hold, and what else is written. It is called anew where that does not hold.
 AlsoParked = Callable[[Step, str], Awaitable[tuple[list[kvstore.Compare], list[kvstore.Operation]]]]
+
+log = structlog.get_logger("services.work")
 
 decode_step = msgspec.json.Decoder(Step).decode
 decode_parked = msgspec.json.Decoder(ParkedStep).decode
@@ -186,9 +206,10 @@ def cancel(kind: str, subject: str, due_ms: int, queue: str = "") -> kvstore.Del
     return kvstore.Delete(step_key(kind, subject, due_ms, queue))
 
 
-def backoff_s(attempt: int) -> float:
-    """The pause after the attempt of this number; 0 is the first."""
-    return min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0**attempt)
+def backoff_s(attempt: int, chance: float = 0.0) -> float:
+    """The pause after the attempt of this number; 0 is the first. `chance`, from 0 to 1, decides how much shorter it
+    is than the longest."""
+    return min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2.0 ** min(attempt, _DOUBLINGS_MAX)) * (1.0 - JITTER * chance)
 
 
 def _put(step: Step) -> kvstore.Put:
@@ -202,11 +223,12 @@ def _name(kind: str, subject: str) -> bytes:
 class StepRun:
     """One attempt at a step by the worker that holds its claim."""
 
-    __slots__ = ("_claim", "_revision", "_store", "_token", "also_parked", "is_ended", "step")
+    __slots__ = ("_claim", "_revision", "_store", "_token", "also_parked", "chance", "is_ended", "step")
 
     def __init__(self, store: kvstore.Client, step: Step, revision: int, token: int) -> None:
         """`revision` is the step's, `token` the claim's."""
         self.also_parked: AlsoParked | None = None
+        self.chance: Callable[[], float] = random.random
         self._store = store
         self._revision = revision
         self._claim = CLAIMS + _name(step.kind, step.subject)
@@ -250,33 +272,52 @@ class StepRun:
         parked = kvstore.Delete(PARKED + _name(self.step.kind, self.step.subject))
         return await self._end(compare or [], [parked, *(success or [])])
 
-    async def again(self, code: str, after_s: float | None = None, detail: str = "") -> None:
+    async def again(self, code: str, after_s: float | None = None, detail: str = "") -> Ending:
         """Put it off; or park it, where that was the last attempt. Raises `ClaimLost`."""
+        step = self.step
+        if not step.once and step.attempt + 1 >= ATTEMPTS_MAX:
+            why = f"{step.attempt + 1} attempts failed{': ' if detail else ''}{detail}"
+            log.error("step parked", kind=step.kind, subject=step.subject, code=code, detail=why)
+            return await self.park(code, why)
+        return await self._put_off(code, after_s)
+
+    async def park(self, code: str, detail: str) -> Ending:
+        """Leave it to people; or put it off, where what is to change with that cannot be changed now. Raises
+        `ClaimLost`."""
+        step = self.step
+        if step.once:
+            return await self._put_off(code)
+        key = PARKED + _name(step.kind, step.subject)
+        parked = kvstore.Put(key, _encode(ParkedStep(step, code, detail[:_DETAIL_CHARS_MAX], now_ms())))
+        attempts_max, why = ATTEMPTS_MAX + _PARKINGS_MAX, "others changed it each time"
+        for _ in range(_PARKINGS_MAX):
+            compare, also = await self.also_parked(step, code) if self.also_parked is not None else ([], [])
+            try:
+                if await self._end(compare, [parked, *also]):
+                    return Ending.PARKED
+            except kvstore.Refused as refused:
+                # The same is refused the next time, unless somebody mends it: that takes no more than other failures.
+                attempts_max, why = ATTEMPTS_MAX, str(refused)
+                break
+        if step.attempt + 1 < attempts_max:
+            log.warning(
+                "cannot park now", kind=step.kind, subject=step.subject, attempt=step.attempt, code=code, why=why
+            )
+            return await self._put_off(code)
+        log.error("parked alone", kind=step.kind, subject=step.subject, attempt=step.attempt, code=code, why=why)
+        await self._end([], [parked])
+        return Ending.PARKED
+
+    async def _put_off(self, code: str, after_s: float | None = None) -> Ending:
         step = self.step
         if step.once:
             await self._end([], [])
-            return
-        if step.attempt + 1 >= ATTEMPTS_MAX:
-            await self.park(code, f"{ATTEMPTS_MAX} attempts failed{': ' if detail else ''}{detail}")
-            return
-        pause_s = backoff_s(step.attempt) if after_s is None else after_s
+            return Ending.DROPPED
+        pause_s = backoff_s(step.attempt, self.chance()) if after_s is None else after_s
         due_ms = now_ms() + int(pause_s * 1000)
         later = msgspec.structs.replace(step, due_ms=due_ms, attempt=step.attempt + 1, code=code)
         await self._end([], [_put(later)])
-
-    async def park(self, code: str, detail: str) -> None:
-        """Leave it to people. Raises `ClaimLost`."""
-        if self.step.once:
-            await self._end([], [])
-            return
-        parked = ParkedStep(self.step, code, detail, now_ms())
-        key = PARKED + _name(self.step.kind, self.step.subject)
-        for _ in range(_PARKINGS_MAX):
-            compare, also = await self.also_parked(self.step, code) if self.also_parked is not None else ([], [])
-            if await self._end(compare, [kvstore.Put(key, _encode(parked)), *also]):
-                return
-        later = msgspec.structs.replace(self.step, due_ms=now_ms() + int(BACKOFF_MIN_S * 1000))
-        await self._end([], [_put(later)])
+        return Ending.RETRIED
 
     async def _end(self, compare: list[kvstore.Compare], success: list[kvstore.Operation]) -> bool:
         key = self.step.key
@@ -314,7 +355,8 @@ async def park_unread(
     store: kvstore.Client, record: kvstore.Record, step: Step, also_parked: AlsoParked | None = None
 ) -> bool:
     """Leave a step that cannot be read to people; `step` is what its key says. False, and nothing is changed, if it has
-    changed, a worker of another version is at it, or what was to be written with it does not hold now."""
+    changed, a worker of another version is at it, or what was to be written with it does not hold now. Raises
+    `kvstore.Refused` where the store does not take it."""
     compare, also = await also_parked(step, UNREADABLE) if also_parked is not None else ([], [])
     claim = CLAIMS + _name(step.kind, step.subject)
     parked = ParkedStep(step, UNREADABLE, "This version of the worker cannot read the step", now_ms(), record.value)

@@ -14,15 +14,19 @@ from functools import partial
 from typing import Final
 
 import structlog
+from prometheus_client import CollectorRegistry
 
 import kvstore
 from services.web import tracing
 from services.web.ids import now_ms
 from services.web.leases import forget_lost
+from services.work.metrics import WorkMetrics
 from services.work.steps import (
+    UNREADABLE,
     Again,
     AlsoParked,
     ClaimLost,
+    Ending,
     Park,
     Step,
     StepRun,
@@ -42,6 +46,7 @@ LOOK_AT: Final = 512  # more than a dozen workers may be at, so that what they l
 PAUSE_S: Final = 1.0
 
 STORE_REFUSED: Final = "store_refused"
+INTERNAL: Final = "internal"
 
 Handler = Callable[[StepRun], Awaitable[None]]
 log = structlog.get_logger("services.work")
@@ -57,6 +62,7 @@ class Worker:
         lease_s: float = LEASE_S,
         chance: random.Random | None = None,
         also_parked: AlsoParked | None = None,
+        metrics: WorkMetrics | None = None,
     ) -> None:
         self._store = store
         self._handlers = handlers
@@ -65,10 +71,17 @@ class Worker:
         self._lease_s = lease_s
         self._also_parked = also_parked
         self._chance = chance or random.Random()
+        self._metrics = metrics or WorkMetrics(CollectorRegistry(), handlers)
+        self._is_working = False  # it has a lease, and has seen what is due
         # By kind and subject, not by key: the same subject may be due twice, as a webhook may ask for what is asked for
         # already, and a claim is by subject.
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._woken = asyncio.Event()
+
+    @property
+    def why_not_working(self) -> str:
+        """Why it takes no steps now; empty: it does."""
+        return "" if self._is_working else "This worker has no lease now, or has not seen yet what is due"
 
     async def run(self) -> None:
         """Work until cancelled. Outages of the store are sat out."""
@@ -88,11 +101,14 @@ class Worker:
                 while not lost.is_set():
                     self._woken.clear()
                     next_due_s = await self._start_due(group, lease.id)
+                    self._is_working = True
                     waking = asyncio.ensure_future(self._woken.wait())
                     await asyncio.wait((waking, losing), timeout=next_due_s, return_when=asyncio.FIRST_COMPLETED)
                     waking.cancel()
+                self._metrics.lease_lost()
                 log.warning("worker lost its lease", running=len(self._running))
             finally:
+                self._is_working = False
                 for task in (watching, losing, *self._running.values()):
                     task.cancel()
 
@@ -112,6 +128,8 @@ class Worker:
         found = await self._store.range(self._steps, b"%b%016d0" % (self._steps, now), limit=LOOK_AT)
         read = [(await self._read(record), record.mod_revision) for record in found.records]
         due = [(step, revision) for step, revision in read if step is not None]
+        # The key of one that asks to look at once holds no time.
+        self._metrics.oldest_due(min((max(step.due_ms, step.created_ms) for step, _ in due), default=None))
         self._chance.shuffle(due)  # so that workers seldom want the same one
         for step, revision in due:
             if len(self._running) >= AT_ONCE_MAX:
@@ -136,9 +154,22 @@ class Worker:
         if step is None:
             said = step_at(record.key, self._queue)
             # Nothing that is no step's key was ever written there: it stays, and is told with each look.
-            parked = said is not None and await park_unread(self._store, record, said, self._parking)
+            parked = said is not None and await self._park_unread(record, said)
             log.error("step cannot be read", key=record.key.decode(errors="replace"), parked=parked)
         return step
+
+    async def _park_unread(self, record: kvstore.Record, said: Step) -> bool:
+        """Where the store refuses what was to be written with it, without; where it refuses that, too, it stays."""
+        for also in (self._parking, None):
+            try:
+                parked = await park_unread(self._store, record, said, also)
+            except kvstore.Refused as refused:
+                log.error("parking refused", kind=said.kind, subject=said.subject, alone=also is None, exc_info=refused)
+                continue
+            if parked:
+                self._metrics.parked_unread(said.kind, UNREADABLE)
+            return parked
+        return False
 
     async def _parking(self, step: Step, code: str) -> tuple[list[kvstore.Compare], list[kvstore.Operation]]:
         """What is written with a step that is parked. Where that cannot be said (what it is about cannot be read,
@@ -165,8 +196,14 @@ class Worker:
             if run is None:
                 await asyncio.sleep(PAUSE_S)  # another worker is at it: do not ask again at once
                 return
-            run.also_parked = self._parking
-            await self._attempt(run)
+            run.also_parked, run.chance = self._parking, self._chance.random
+            self._metrics.began(step.kind)
+            try:
+                ending, code = await self._attempt(run)
+            except BaseException:  # also where it is cut off: its lease is lost, or the process stops
+                self._metrics.cut_off(step.kind)
+                raise
+            self._metrics.ended(step.kind, ending, code)
         except ClaimLost:
             log.warning("claim lost", kind=step.kind, subject=step.subject)
         except kvstore.KvError as error:
@@ -174,7 +211,8 @@ class Worker:
             log.warning("step interrupted", kind=step.kind, subject=step.subject, code=error.code)
             await asyncio.sleep(PAUSE_S)
 
-    async def _attempt(self, run: StepRun) -> None:
+    async def _attempt(self, run: StepRun) -> tuple[Ending, str]:
+        """How it ended, and why."""
         step, began_s = run.step, time.monotonic()
         handler = self._handlers.get(step.kind)
         try:
@@ -185,19 +223,20 @@ class Worker:
                 raise RuntimeError(f"the handler of {step.kind} neither ended its step nor said why not")
         except Again as again:
             log.info("step put off", kind=step.kind, subject=step.subject, attempt=step.attempt, code=again.code)
-            await run.again(again.code, again.after_s)
+            return await run.again(again.code, again.after_s), again.code
         except Park as park:
             log.error("step parked", kind=step.kind, subject=step.subject, code=park.code, detail=park.detail)
-            await run.park(park.code, park.detail)
+            return await run.park(park.code, park.detail), park.code
         except kvstore.Refused as refused:
             if refused.code == "conflict":  # others were quicker, again and again: as an outage, no attempt
                 raise
             # No outage, which would pass: the same is refused the next time, unless it was for want of a lease.
             forget_lost(refused, began_s)
             log.error("step refused", kind=step.kind, subject=step.subject, attempt=step.attempt, exc_info=refused)
-            await run.again(STORE_REFUSED, detail=str(refused))
+            return await run.again(STORE_REFUSED, detail=str(refused)), STORE_REFUSED
         except (ClaimLost, kvstore.KvError):
             raise
         except Exception as error:
             log.error("step failed", kind=step.kind, subject=step.subject, attempt=step.attempt, exc_info=error)
-            await run.again("internal")
+            return await run.again(INTERNAL), INTERNAL
+        return Ending.FINISHED, ""

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
+import structlog
 
 import kvstore
 from services.web.ids import now_ms
@@ -191,6 +193,123 @@ async def test_what_the_store_refuses_is_no_outage(store: kvstore.Client, monkey
     assert (parked.code, parked.step.attempt) == ("store_refused", 2)
     assert "out_of_range" in parked.detail
     assert await count_of(store, steps.CLAIMS) == 0
+
+
+def parking_that(how: str, marks: list[int]) -> steps.AlsoParked:
+    """What is to be written with a parked step and cannot be; `marks` has the attempt of each try."""
+
+    async def also(step: steps.Step, code: str) -> tuple[list[kvstore.Compare], list[kvstore.Operation]]:
+        marks.append(step.attempt)
+        if how == "refused":
+            return [], [kvstore.Add(b"stock", -1, min=0)]
+        return [kvstore.Compare(b"absent", kvstore.Target.VERSION, kvstore.Relation.GREATER, 0)], []
+
+    return also
+
+
+@pytest.mark.parametrize(("how", "tries", "last"), [("refused", 1, 2), ("contended", 8, 10)])
+async def test_a_parking_that_cannot_be_is_a_failure_like_any_other(
+    store: kvstore.Client, monkeypatch: pytest.MonkeyPatch, how: str, tries: int, last: int
+) -> None:
+    """It was tried each second or more often, for ever, without an attempt being counted."""
+    monkeypatch.setattr(steps, "BACKOFF_MIN_S", 0.001)
+    monkeypatch.setattr(steps, "BACKOFF_MAX_S", 0.01)
+    monkeypatch.setattr(steps, "ATTEMPTS_MAX", 3)
+    attempts: list[tuple[int, str]] = []
+    marks: list[int] = []
+
+    async def hopeless(run: StepRun) -> None:
+        attempts.append((run.step.attempt, run.step.code))
+        raise Park("void_refused", "the provider says no")
+
+    worker = asyncio.create_task(Worker(store, {"kind": hopeless}, also_parked=parking_that(how, marks)).run())
+    with structlog.testing.capture_logs() as lines:
+        await store.txn(success=[steps.put("kind", "a")])
+        await all_done(store)
+    worker.cancel()
+    assert attempts == [(0, ""), *((number, "void_refused") for number in range(1, last + 1))]
+    assert Counter(marks) == dict.fromkeys(range(last + 1), tries)
+    [record] = (await store.range(prefix=steps.PARKED)).records
+    parked = decode_parked(record.value)
+    assert (parked.code, parked.detail, parked.step.attempt) == ("void_refused", "the provider says no", last)
+    told = [(line["event"], line["attempt"]) for line in lines if line["event"] in ("cannot park now", "parked alone")]
+    assert told == [*(("cannot park now", number) for number in range(last)), ("parked alone", last)]
+    assert await count_of(store, steps.CLAIMS) == 0
+
+
+@pytest.mark.parametrize("how", ["refused", "contended"])
+async def test_a_step_that_cannot_be_parked_waits_as_long_as_after_other_failures(
+    store: kvstore.Client, how: str
+) -> None:
+    await store.put(steps.step_key("kind", "a", 1), msgspec.json.encode(steps.Step("kind", "a", 1, 1, attempt=20)))
+    [record] = (await store.range(prefix=steps.STEPS)).records
+    run = await StepRun.claim(
+        store, decode_step(record.value), record.mod_revision, (await store.grant_lease(60.0)).lease
+    )
+    assert run is not None
+    run.also_parked, run.chance = parking_that(how, []), lambda: 0.0
+    before = now_ms()
+    assert await run.park("void_refused", "no") is steps.Ending.RETRIED
+    [record] = (await store.range(prefix=steps.STEPS)).records
+    later = decode_step(record.value)
+    assert before + 300_000 <= later.due_ms <= now_ms() + 300_000
+    assert (later.attempt, later.code) == (21, "void_refused")
+
+
+async def test_an_unread_step_whose_parking_is_refused_stops_nobody(store: kvstore.Client) -> None:
+    """Its worker gave its lease back and began anew each second, and did nothing else."""
+    too_large = b"[" * (900 * 1024)  # as it is kept when it is parked, it is larger than a value may be
+    await store.put(steps.step_key("kind", "bad", 1), too_large)
+    await store.put(steps.step_key("kind", "small", 1), b"nonsense")
+    worker = asyncio.create_task(Worker(store, {"kind": counted}, also_parked=parking_that("refused", [])).run())
+    with structlog.testing.capture_logs() as lines:
+        await store.txn(success=[steps.put("kind", "good")])
+
+        async def done() -> bool:
+            return await count_of(store, DONE) == 1 and await count_of(store, steps.PARKED) == 1
+
+        await until(done)
+    assert not worker.done()
+    worker.cancel()
+    assert not [line for line in lines if line["event"] == "worker waits for the store"]
+    [left] = (await store.range(prefix=steps.STEPS)).records
+    assert left.value == too_large
+
+
+def test_pauses_grow_to_five_minutes_and_chance_takes_a_quarter_at_most() -> None:
+    assert [steps.backoff_s(attempt) for attempt in range(12)] == [
+        0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 300.0, 300.0,
+    ]  # fmt: skip
+    assert steps.backoff_s(100_000) == 300.0
+    for attempt in (0, 5, 33):
+        assert steps.backoff_s(attempt, 1.0) == steps.backoff_s(attempt) * 0.75
+        assert steps.backoff_s(attempt, 0.5) == steps.backoff_s(attempt) * 0.875
+    hours = [sum(steps.backoff_s(n, chance) for n in range(steps.ATTEMPTS_MAX - 1)) / 3600 for chance in (0.0, 1.0)]
+    assert (round(hours[0], 1), round(hours[1], 1)) == (2.1, 1.5)
+
+
+async def test_steps_that_failed_together_do_not_come_again_together(store: kvstore.Client) -> None:
+    failed = 0
+
+    async def fails(run: StepRun) -> None:
+        nonlocal failed
+        failed += 1
+        raise Again("provider_unknown")
+
+    first = [msgspec.structs.replace(steps.Step("kind", str(n), 1, 1), attempt=20) for n in range(20)]
+    await store.txn(success=[kvstore.Put(step.key, msgspec.json.encode(step)) for step in first])
+
+    async def all_failed() -> bool:
+        return failed == 20 and await count_of(store, steps.CLAIMS) == 0
+
+    before = now_ms()
+    async with working(store, kind=fails):
+        await until(all_failed)
+    due = [decode_step(record.value).due_ms for record in (await store.range(prefix=steps.STEPS)).records]
+    assert before + 225_000 <= min(due)
+    assert max(due) <= now_ms() + 300_000
+    # Twenty draws from 75 s lie closer than 10 s together once in 10^16 times.
+    assert max(due) - min(due) > 10_000 + now_ms() - before
 
 
 @pytest.mark.parametrize("value", [b'{"v":2,"kind":"kind"}', b"nonsense", b'{"v":1,"kind":"x\xff"}', b"[" * 5000])
