@@ -144,15 +144,24 @@ def orders(provider: str | None, psp_url: str, pay_within_minutes: float, **opti
 @main.command()
 @endpoints_option
 @provider_options
-def worker(endpoints: str, provider: str | None, psp_url: str) -> None:
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), show_default="none",
+    help="Answer /metrics, /livez and /readyz there.",
+)  # fmt: skip
+@click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Of --metrics-port.")
+@click.option("--insecure", is_flag=True, help="Listen on a public address without TLS.")
+def worker(
+    endpoints: str, provider: str | None, psp_url: str, metrics_port: int | None, metrics_host: str, insecure: bool
+) -> None:
     """Do the orders' background work: payments, refunds, expiry. Run any number."""
-    from services.orders.worker import run_worker
+    from services.orders.worker import Listener, run_worker
     from services.web.logs import configure_logs
 
     configure_logs("worker")
+    listener = Listener(metrics_host, metrics_port, insecure) if metrics_port is not None else None
     try:
-        run_worker(endpoints, _provider(provider, psp_url))
-    except ValueError as error:
+        run_worker(endpoints, _provider(provider, psp_url), listener)
+    except (CannotServe, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -25,6 +25,7 @@ import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
+from prometheus_client import CollectorRegistry
 
 import kvstore
 from services.web import api_page, tracing
@@ -83,15 +84,29 @@ def began_to_stream(request: web.Request) -> None:
 
 def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None) -> web.Application:
     """The application of a service. It owns neither the store nor the log."""
-    state, metrics = State(), Metrics()
-    app = web.Application(middlewares=[_frame(state, metrics, access_log)], client_max_size=BODY_BYTES_MAX)
-    app[STATE] = state
-    app[TRUSTED_PROXIES] = ()
-    health = _Health(store, state)
+    app = bare_app(store, access_log)
     openapi = msgspec.json.encode(document(api))
 
     async def read_openapi(request: web.Request) -> web.Response:
         return json_response(openapi)
+
+    app.add_routes([web.get("/openapi.json", read_openapi), *api_page.routes(api.title), *api.routes()])
+    return app
+
+
+def bare_app(
+    store: kvstore.Client,
+    access_log: AccessLog | None = None,
+    registry: CollectorRegistry | None = None,
+    why_not_ready: Callable[[], str] = lambda: "",
+) -> web.Application:
+    """What every process answers, also one that serves no endpoints: how it is, and what it counts, `registry` with it.
+    `why_not_ready` says what else keeps it from its work; empty: nothing."""
+    state, metrics = State(), Metrics(registry)
+    app = web.Application(middlewares=[_frame(state, metrics, access_log)], client_max_size=BODY_BYTES_MAX)
+    app[STATE] = state
+    app[TRUSTED_PROXIES] = ()
+    health = _Health(store, state, why_not_ready)
 
     async def read_metrics(request: web.Request) -> web.Response:
         return web.Response(body=metrics.text(), headers={"Content-Type": METRICS_TYPE})
@@ -102,9 +117,6 @@ def new_app(store: kvstore.Client, api: Api, access_log: AccessLog | None = None
             web.get("/livez", health.livez),
             web.get("/readyz", health.readyz),
             web.get("/problems/{code}", _problem_page),
-            web.get("/openapi.json", read_openapi),
-            *api_page.routes(api.title),
-            *api.routes(),
         ]
     )
     return app
@@ -178,11 +190,12 @@ def _problem_for(error: Exception, request: web.Request, request_id: str) -> Pro
 
 
 class _Health:
-    """`/livez`: this process turns its loop. `/readyz`: it would serve a request, store included."""
+    """`/livez`: this process turns its loop. `/readyz`: it would serve a request, or do its work, store included."""
 
-    def __init__(self, store: kvstore.Client, state: State) -> None:
+    def __init__(self, store: kvstore.Client, state: State, why_not_ready: Callable[[], str]) -> None:
         self._store = store
         self._state = state
+        self._why_not_ready = why_not_ready
 
     async def livez(self, request: web.Request) -> web.Response:
         return json_response(b'{"status":"ok"}')
@@ -194,6 +207,9 @@ class _Health:
         status = await self._store.status(timeout=READY_TIMEOUT_S)
         if status.cluster_version < VERSION_NEEDED:
             raise Problem("store_unavailable", "The store cannot do all that this service needs before it is upgraded")
+        why_not = self._why_not_ready()
+        if why_not:
+            raise Problem("store_unavailable", why_not)
         return json_response(b'{"status":"ok"}')
 
 

@@ -22,10 +22,10 @@ _UNMATCHED: Final = "(none)"
 
 
 class Metrics:
-    """Of one application."""
+    """Of one application. `registry` may hold what else its process tells."""
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._registry = registry or CollectorRegistry()
         self._seconds = Histogram(
             "http_request_seconds",
             "From a request's headers to its answer.",

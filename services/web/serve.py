@@ -14,7 +14,7 @@ import errno
 import ipaddress
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 import structlog
@@ -96,25 +96,32 @@ async def _serve(build: BuildApp, serving: Serving) -> None:
     async with kvstore.connect(serving.endpoints) as store:
         app = build(store, serving.access_log, serving.limit)
         app[TRUSTED_PROXIES] = tuple(parse_network(network) for network in serving.trusted_proxies)
-        runner = ServiceRunner(app)
-        await runner.setup()
         try:
-            site = web.TCPSite(
-                runner, serving.host, serving.port, backlog=BACKLOG, reuse_port=serving.shared_port or None
-            )
-            try:
-                await site.start()
-            except OSError as error:
-                raise cannot_listen(error, serving.host, serving.port) from None
-            log.info("listening", url=f"http://{_bound(runner)}", pid=os.getpid())
-            await stop.wait()
-            log.info("stopping", in_flight=app[STATE].in_flight, streams=app[STATE].streams)
-            app[STATE].stopping = True
+            async with listening(app, serving.host, serving.port, shared_port=serving.shared_port):
+                await stop.wait()
+                log.info("stopping", in_flight=app[STATE].in_flight, streams=app[STATE].streams)
+                app[STATE].stopping = True
         finally:
-            await runner.cleanup()
             if serving.access_log is not None:
                 serving.access_log.flush()
     log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def listening(app: web.Application, host: str, port: int, *, shared_port: bool = False) -> AsyncIterator[None]:
+    """Serve `app`; at the end what is running gets `GRACE_S` to finish. Raises `CannotServe`."""
+    runner = ServiceRunner(app)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, backlog=BACKLOG, reuse_port=shared_port or None)
+        try:
+            await site.start()
+        except OSError as error:
+            raise cannot_listen(error, host, port) from None
+        log.info("listening", url=f"http://{_bound(runner)}", pid=os.getpid())
+        yield
+    finally:
+        await runner.cleanup()
 
 
 def _follow_parent(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

@@ -29,7 +29,7 @@ WITHIN_S = 20.0
 
 class PaidShop:
     """`async with PaidShop(store, tmp_path) as paid`; settings are those of the sandbox's failures. `paid.shop` is the
-    shop as other tests have it."""
+    shop as other tests have it, `paid.worker` the worker that was started last."""
 
     def __init__(
         self,
@@ -77,10 +77,10 @@ class PaidShop:
 
     def start_worker(self, seed: int = 0) -> asyncio.Task[None]:
         steps = OrderSteps(self._store, self.provider)
-        worker = Worker(
+        self.worker = Worker(
             self._store, steps.handlers, lease_s=2.0, chance=random.Random(seed), also_parked=steps.also_parked
         )
-        return asyncio.create_task(worker.run())
+        return asyncio.create_task(self.worker.run())
 
     async def stop_workers(self) -> None:
         for task in self._working:

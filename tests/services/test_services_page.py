@@ -15,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import TestServer
 
 import kvstore
 from services.__main__ import create_staff as create_staff_command
@@ -25,6 +26,7 @@ from services.payments.provider import Provider
 from services.sandbox_psp.process import API_KEY, WEBHOOK_SECRET
 from services.users.mail import Mail, load_mailer, send
 from services.users.parts import create_staff
+from services.web.app import bare_app
 from services.web.tokens import Role
 from tests.cluster.harness import ROOT
 from tests.services.order_picture import draw
@@ -77,9 +79,10 @@ async def test_every_curl_line_is_answered_as_the_page_says(
     store: kvstore.Client, paid: PaidShop, tmp_path: Path
 ) -> None:
     """With the stand-in, where there is no curl."""
-    shell = await _shell(store, paid, tmp_path, shutil.which("curl"))
-    for line in lines_of(TEXT):
-        await shell.run(line)
+    async with _told_of(store, paid) as worker:
+        shell = await _shell(store, paid, tmp_path, shutil.which("curl"), WORKER=worker)
+        for line in lines_of(TEXT):
+            await shell.run(line)
     assert shell.variables["SAME"] == shell.variables["THIRD"]
 
 
@@ -93,13 +96,18 @@ async def test_the_stand_in_does_what_curl_does(store: kvstore.Client, paid: Pai
     assert shell.variables["SAME"] == shell.variables["THIRD"]
 
 
-async def _shell(store: kvstore.Client, paid: PaidShop, tmp_path: Path, curl: str | None) -> Shell:
+def _told_of(store: kvstore.Client, paid: PaidShop) -> TestServer:
+    """What tells of the shop's worker."""
+    return TestServer(bare_app(store, why_not_ready=lambda: paid.worker.why_not_working))
+
+
+async def _shell(store: kvstore.Client, paid: PaidShop, tmp_path: Path, curl: str | None, **more: TestServer) -> Shell:
     async def mail(kind: str) -> str:
         return (await paid.shop.outbox.next(kind)).token
 
     for email, password, role in _staff_of(TEXT):
         await create_staff(store, email, password, "Staff", 0, role, replace=False)
-    clients = {"USERS": paid.shop.users, "ORDERS": paid.shop.orders, "PSP": paid.psp}
+    clients = {"USERS": paid.shop.users, "ORDERS": paid.shop.orders, "PSP": paid.psp, **more}
     variables = {name: str(client.make_url("")).rstrip("/") for name, client in clients.items()}
     directory = tmp_path / "shell"
     directory.mkdir()
