@@ -206,6 +206,13 @@ def cancel(kind: str, subject: str, due_ms: int, queue: str = "") -> kvstore.Del
     return kvstore.Delete(step_key(kind, subject, due_ms, queue))
 
 
+def move(step: Step, due_ms: int) -> tuple[Step, list[kvstore.Operation]]:
+    """The step as it is when it is due at another time, and what makes it so: for a transaction that compares that it
+    is as it was seen."""
+    moved = msgspec.structs.replace(step, due_ms=due_ms)
+    return moved, [kvstore.Delete(step.key), _put(moved)]
+
+
 def backoff_s(attempt: int, chance: float = 0.0) -> float:
     """The pause after the attempt of this number; 0 is the first. `chance`, from 0 to 1, decides how much shorter it
     is than the longest."""
