@@ -43,6 +43,7 @@ class _Thread:
         self._pid = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._ending = False
+        self._spawned: set[asyncio.Task[None]] = set()
         # What is handed over after the end would wait for ever. Reentrant: the garbage collector may come in between.
         self._submitting = threading.RLock()
         # A daemon: a program that forgets to close its client still ends.
@@ -88,15 +89,14 @@ class _Thread:
             return self.submit(awaited).result()
         except concurrent.futures.CancelledError:
             raise Unavailable("this client was closed", code="closed") from None
-        except Exception:
-            raise
         except BaseException:
-            # Ctrl-C, or a signal that ends this thread: nobody waits for it any more. It may come when the loop has the
-            # call already, but there is no future here yet that could be cancelled.
+            # Its own error, and then it is done; or Ctrl-C, or what else a signal's handler raises: nobody waits for it
+            # any more. That may come when the loop has the call already, but there is no future here to cancel yet.
             given_up = True
-            with self._submitting:
-                if not self._ending:
-                    self._loop.call_soon_threadsafe(cancel)
+            if self.here and not (task is not None and task.done()):
+                with self._submitting:
+                    if not self._ending:
+                        self._loop.call_soon_threadsafe(cancel)
             raise
 
     def submit(self, work: Callable[[], Awaitable[T]]) -> concurrent.futures.Future[T]:
@@ -110,6 +110,17 @@ class _Thread:
             if self._ending:
                 raise Unavailable("this client is closed", code="closed")
             return asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+
+    def spawn(self, work: Callable[[], Awaitable[None]]) -> None:
+        """`submit` for who is on the loop already, and must not wait: not even for who submits just now."""
+
+        async def awaited() -> None:
+            await work()
+
+        if not self._ending:
+            task = self._loop.create_task(awaited())
+            self._spawned.add(task)  # the loop itself keeps no task alive
+            task.add_done_callback(self._spawned.discard)
 
     def close(self) -> None:
         """End the client, and then what runs here and whoever waits for it."""
@@ -195,7 +206,7 @@ def _leave(thread: _Thread, work: Callable[[], Awaitable[None]]) -> None:
     if not thread.here or sys.is_finalizing():  # daemon threads do not run any more when the interpreter ends
         return
     if thread.is_current:  # the garbage collector may end a forgotten generator anywhere
-        thread.submit(work)
+        thread.spawn(work)
         return
     try:
         thread.run(work)
@@ -378,8 +389,6 @@ class Held(Generic[T]):
 
         try:
             return self._thread.run(enter)
-        except Exception:
-            raise
         except BaseException:  # Ctrl-C may come when it is held already, and nobody would leave it
             if self._thread.here:
                 self._thread.submit(leave)

@@ -96,6 +96,7 @@ class Replicas:
     def needs_snapshot(self, peer: str) -> None:
         """The log begins after what a peer needs next. (Called from inside the engine: begun later, by `step`.)"""
         self._wanted.add(peer)
+        self._following.discard(peer)  # the log holds that no more
         self._engine.set_connected(peer, False)
 
     def needed(self, flushed: int) -> int:

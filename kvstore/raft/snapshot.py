@@ -24,7 +24,7 @@ from kvstore.raft.transport import Purpose, Transport
 
 __all__ = ["SnapshotHandler", "Snapshots", "StateDirectory"]
 
-# A quarter of what one gigabit link or a modest disk carries: a snapshot takes what the requests leave.
+# Half of what one gigabit link or a modest disk carries: a snapshot takes what the requests leave.
 BYTES_PER_S = 64 * 1024 * 1024
 
 Done = Callable[[KvError | None, Checkpoint | None], None]

@@ -124,6 +124,7 @@ class _Partial:
         "positions",
         "state",
         "timer",
+        "unsynced",
         "unsynced_bytes",
         "waiting_bytes",
     )
@@ -138,6 +139,7 @@ class _Partial:
         self.timer: Timer | None = None
         self.chunks: list[Chunk] = []
         self.waiting_bytes = 0
+        self.unsynced: set[int] = set()  # files
         self.unsynced_bytes = 0
         self.is_writing = False
         self.hand_overs = 0
@@ -310,13 +312,23 @@ class SnapshotReceiver:
                 assert file is not None
                 file.write_at(chunk.offset, [chunk.data])
                 partial.positions[number] += len(chunk.data)
+                partial.unsynced.add(number)
                 partial.unsynced_bytes += len(chunk.data)
                 if partial.unsynced_bytes >= SYNC_BYTES:
-                    file.sync()
-                    partial.unsynced_bytes = 0
+                    self._sync_written(partial)
         finally:
             if file is not None:
                 file.close()
+
+    def _sync_written(self, partial: _Partial) -> None:
+        for number in sorted(partial.unsynced):
+            file = self._open(partial, number)
+            try:
+                file.sync()
+            finally:
+                file.close()
+        partial.unsynced.clear()
+        partial.unsynced_bytes = 0
 
     def _open(self, partial: _Partial, number: int) -> File:
         return self._env.files.open(f"{partial.path}/{partial.offer.files[number].name}")

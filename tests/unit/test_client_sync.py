@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import inspect
 import os
@@ -227,6 +228,55 @@ def test_ctrl_c_while_it_reads(kv: SyncClient) -> None:
         record = next(watch).record
         assert record is not None
         assert record.value == b"%d" % number, "no event is lost with the one who waited for it"
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[], object]]:
+    """`alarm()`: soon an exception comes out of nowhere, as from Celery's soft time limit."""
+
+    def raising(*_: object) -> NoReturn:
+        raise TimeoutError("the task has had its time")
+
+    before = signal.signal(signal.SIGALRM, raising)
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.1)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signal_whose_handler_raises_ends_the_call(kv: SyncClient, alarm: Callable[[], object]) -> None:
+    with kv.watch(prefix=b"k") as watch:
+        alarm()
+        with pytest.raises(TimeoutError):
+            next(watch)
+        kv.put(b"k", b"")
+        assert next(watch).key == b"k", "nobody else waits there"
+    with kv.lock("a"):
+        alarm()
+        with pytest.raises(TimeoutError), kv.lock("a"):
+            raise AssertionError("it is held")
+    with kv.lock("a", wait_s=WITHIN_S):
+        pass
+
+
+def test_the_loop_drops_an_iterator_while_one_is_dropped_elsewhere(
+    kv: SyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector may make who hands something over wait for the loop; then the loop must not wait."""
+    kv.txn(success=[Put(b"%d" % number, b"") for number in range(3)])
+    here, there = ([kv.scan(prefix=b"", page_records=1)] for _ in range(2))
+    next(here[0]), next(there[0])
+    hand_over = asyncio.run_coroutine_threadsafe
+
+    def collecting(
+        work: Coroutine[Any, Any, object], loop: asyncio.AbstractEventLoop
+    ) -> concurrent.futures.Future[object]:
+        monkeypatch.undo()
+        loop.call_soon_threadsafe(there.clear)
+        here.clear()
+        return hand_over(work, loop)
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", collecting)
+    assert kv.get(b"1") is not None
 
 
 def test_ctrl_c_at_the_moment_at_which_it_is_held(kv: SyncClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,7 +288,7 @@ def test_the_log_stays_for_who_receives_a_snapshot_until_it_has_what_follows() -
     assert world.replicas.needed(120) == 120
 
 
-@pytest.mark.parametrize("how", ["away", "removed", "leads no more"])
+@pytest.mark.parametrize("how", ["away", "removed", "leads no more", "lacks what is gone"])
 def test_the_log_does_not_stay_for_a_peer_that_does_not_follow(how: str) -> None:
     world = World()
     world.ask()
@@ -297,8 +297,11 @@ def test_the_log_does_not_stay_for_a_peer_that_does_not_follow(how: str) -> None
         world.transport.gone.add("b")
     elif how == "removed":
         world.replicas.set_members({"c"})
-    else:
+    elif how == "leads no more":
         world.replicas.leadership_lost()
+    else:  # and it cannot take the next snapshot
+        world.ask()
+        world.snapshots.finish(Unavailable("the disk is full", code="unavailable"), None)
     assert world.replicas.needed(90) == 90
 
 
