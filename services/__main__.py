@@ -90,8 +90,18 @@ def main() -> None:
     "--backup-days", type=click.IntRange(0, 10_000), default=30, show_default=True,
     help="When the last of today's backups is deleted.",
 )  # fmt: skip
+@click.option(
+    "--order-days", type=click.IntRange(0, 10_000), default=90, show_default=True,
+    help="How long after an erasure an order under way may keep where it goes to.",
+)  # fmt: skip
 def users(
-    mailer: str | None, mail_directory: str, history_hours: int, log_hours: int, backup_days: int, **options: Any
+    mailer: str | None,
+    mail_directory: str,
+    history_hours: int,
+    log_hours: int,
+    backup_days: int,
+    order_days: int,
+    **options: Any,
 ) -> None:
     """Serve accounts: register, sign in, change, erase; for admins: find, block, audit."""
     from functools import partial
@@ -101,13 +111,19 @@ def users(
     from services.users.mail import CannotMail, FileMailer, load_mailer
     from services.users.parts import Settings
 
-    retention = Retention(history_s=history_hours * 3600, log_s=log_hours * 3600, backups_s=backup_days * 24 * 3600)
+    retention = Retention(
+        history_s=history_hours * 3600,
+        log_s=log_hours * 3600,
+        backups_s=backup_days * 24 * 3600,
+        orders_s=order_days * 24 * 3600,
+    )
     try:
         sender = load_mailer(mailer) if mailer else FileMailer(mail_directory)
     except CannotMail as error:
         raise click.ClickException(str(error)) from None
     more = [f"--mail-directory={mail_directory}", *([f"--mailer={mailer}"] if mailer else [])]
     more += [f"--history-hours={history_hours}", f"--log-hours={log_hours}", f"--backup-days={backup_days}"]
+    more.append(f"--order-days={order_days}")
     settings = Settings(mailer=sender, retention=retention)
     _serve("users", partial(create_app, settings=settings), more, **options)
 

@@ -56,10 +56,13 @@ class FulfilmentEndpoints:
         {201: ShipmentBody},
         access=Access.STAFF,
         idempotent=True,
-        problems=("order_state", "not_in_order", "not_paid"),
+        problems=("order_state", "not_in_order", "not_paid", "no_delivery_address"),
     )
     async def ship_order(self, call: Call, id: Id, body: ShipmentInput) -> web.Response:
-        """Ship lines of an order, or parts of them"""
+        """Ship lines of an order, or parts of them
+
+        Somebody has to have said where it goes to.
+        """
 
         def decide(draft: Draft) -> Said:
             shipment = fulfilling.ship(draft, quantities(body.lines), body.carrier, body.tracking)

@@ -10,7 +10,8 @@ refused is thrown away.
 What a draft always does
 - the order is written with every change, so its revision moves, and changes of one order follow each other;
 - stock moves by `Add`, so that orders of one product do not get into each other's way; no number falls below 0;
-- each new state is told in an event, with the next number of the order.
+- each new state is told in an event, with the next number of the order;
+- of an order whose user's account is erased, the address goes with the change after which nothing is under way.
 """
 
 from __future__ import annotations
@@ -79,18 +80,24 @@ class Whole(Struct, frozen=True):
     refunds: dict[int, Refund]
     shipments: dict[int, Shipment]
     returns: dict[int, Return]
+    has_address: bool
 
 
 def reads(order_id: int) -> list[kvstore.Range]:
-    """The order, then its parts; `whole_of` makes a `Whole` of what each finds. (Rules bound how many parts there
-    are.)"""
+    """The order, then its parts, and whether it has an address; `whole_of` makes a `Whole` of what each finds. (Rules
+    bound how many parts there are.)"""
     prefixes = (part_prefix(kind, order_id) for kind in ("payment", "refund", "shipment", "return"))
-    return [kvstore.Range(order_key(order_id)), *(kvstore.Range(one, kvstore.prefix_end(one)) for one in prefixes)]
+    address = address_key(order_id)
+    return [
+        kvstore.Range(order_key(order_id)),
+        *(kvstore.Range(one, kvstore.prefix_end(one)) for one in prefixes),
+        kvstore.Range(address, address + b"\0", keys_only=True),
+    ]
 
 
 def whole_of(results: Sequence[tuple[kvstore.Record, ...]]) -> Whole | None:
     """None if there is no such order."""
-    found, payments, refunds, shipments, returns = results
+    found, payments, refunds, shipments, returns, addresses = results
     if not found:
         return None
     return Whole(
@@ -100,6 +107,7 @@ def whole_of(results: Sequence[tuple[kvstore.Record, ...]]) -> Whole | None:
         {part.number: part for part in (decode_refund(record.value) for record in refunds)},
         {part.number: part for part in (decode_shipment(record.value) for record in shipments)},
         {part.number: part for part in (decode_return(record.value) for record in returns)},
+        bool(addresses),
     )
 
 
@@ -124,6 +132,7 @@ class Draft:
         self.refunds = dict(whole.refunds)
         self.shipments = dict(whole.shipments)
         self.returns = dict(whole.returns)
+        self.has_address = whole.has_address
         self._writes: dict[bytes, kvstore.Operation] = {}  # by key: the last one counts
         self._stock: Counter[bytes] = Counter()
 
@@ -212,7 +221,15 @@ class Draft:
         """Where it goes to from now on."""
         key = address_key(self.order.id)
         self._writes[key] = kvstore.Put(key, encode(ship_to))
+        self.has_address = True
         self.tell("order.address_changed")
+
+    def forget_address(self) -> None:
+        """Nobody can say any more where it went to."""
+        if self.has_address:
+            key = address_key(self.order.id)
+            self._writes[key] = kvstore.Delete(key)
+            self.has_address = False
 
     def set_line(self, line: OrderLine) -> None:
         assert 0 <= line.returning + line.returned <= line.delivered <= line.shipped, line
@@ -269,6 +286,8 @@ class Draft:
         """What the change writes; nothing if nothing has changed."""
         if not self.is_changed:
             return []
+        if self.order.forget_by_ms and not self.order.is_under_way:
+            self.forget_address()
         order, before = msgspec.structs.replace(self.order, updated_ms=self.now_ms), self._before.order
         writes: list[kvstore.Operation] = [
             kvstore.Add(key, delta, min=0) for key, delta in sorted(self._stock.items()) if delta

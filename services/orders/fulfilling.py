@@ -43,7 +43,8 @@ def checked(
 
 
 def ship(draft: Draft, quantities: tuple[Quantity, ...], carrier: str, tracking: str) -> Shipment:
-    """Goods leave. Raises `Problem`: `order_state`, `not_paid`, `not_in_order`, `invalid_body`."""
+    """Goods leave. Raises `Problem`: `order_state`, `not_paid`, `no_delivery_address`, `not_in_order`,
+    `invalid_body`."""
     order = draft.order
     state = SHIPMENT.next(None, ShipmentEvent.SHIP)
     if order.state is not OrderState.CONFIRMED:
@@ -54,6 +55,8 @@ def ship(draft: Draft, quantities: tuple[Quantity, ...], carrier: str, tracking:
         raise Problem("not_paid", "Everything that was captured is refunded")
     if order.shipments >= SHIPMENTS_MAX:
         raise Problem("order_state", f"An order has {SHIPMENTS_MAX} shipments at most")
+    if not draft.has_address:
+        raise Problem("no_delivery_address", _what_to_do_next(draft))
     for line, quantity in checked(draft, quantities, lambda line: line.open, "are still to be shipped"):
         draft.take_from_stock(line.sku, quantity)
         draft.set_line(msgspec.structs.replace(line, shipped=line.shipped + quantity))
@@ -64,13 +67,28 @@ def ship(draft: Draft, quantities: tuple[Quantity, ...], carrier: str, tracking:
 
 
 def send_to(draft: Draft, ship_to: ShipTo) -> None:
-    """Where it goes to, from now on. Raises `Problem` `order_state`."""
+    """Where it goes to, from now on. An order that was shipped in part without an address, as older versions did, may
+    still be given one for the rest. Raises `Problem` `order_state`."""
     order = draft.order
     if order.state not in (OrderState.PENDING_PAYMENT, OrderState.CONFIRMED):
         raise Problem("order_state", f"An order that is {order.state} goes nowhere else")
-    if order.shipments:
+    if order.shipments and (draft.has_address or not order.is_under_way):
         raise Problem("order_state", "Part of the order is shipped")
+    if _is_too_late(draft):
+        raise Problem("order_state", _what_to_do_next(draft))
     draft.send_to(ship_to)
+
+
+def _is_too_late(draft: Draft) -> bool:
+    """The customer's account is erased, and was promised that by now nobody knows any more where the order goes to."""
+    return 0 < draft.order.forget_by_ms <= draft.now_ms
+
+
+def _what_to_do_next(draft: Draft) -> str:
+    """Where there is no address."""
+    if _is_too_late(draft):
+        return "The customer's account is erased, and with it the order's address: cancel what is not shipped"
+    return f"Say where the order goes to, by POST /v1/orders/{draft.order.id}/ship-to; then ship it"
 
 
 def deliver(draft: Draft, number: int) -> Shipment:

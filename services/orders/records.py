@@ -109,7 +109,9 @@ class Order(Struct, frozen=True, tag_field="v", tag=1):
     """The record by whose revision everything about the order is serialised: whatever changes an order, or a payment,
     refund, shipment or return of it, writes this too. `refunded` includes refunds that are pending. The counters are
     those of its payments and so on: numbers start at 1. `needs_attention` has the open codes, the oldest first, with
-    blanks between them: older versions know one code there, and can read this as one."""
+    blanks between them: older versions know one code there, and can read this as one. `forget_by_ms` is 0, unless its
+    user's account is erased: then its address goes as soon as nothing is under way, and by that moment at the latest
+    (`forgetting.py`)."""
 
     id: int
     number: str
@@ -136,6 +138,14 @@ class Order(Struct, frozen=True, tag_field="v", tag=1):
     needs_attention: str = ""
     cancel_reason: str = ""
     cart_id: int = 0
+    forget_by_ms: int = 0
+
+    @property
+    def is_under_way(self) -> bool:
+        """Something of it may still have to be sent, or to arrive. Once it is not, it never is again."""
+        if self.state is OrderState.CONFIRMED:
+            return any(line.delivered + line.cancelled < line.quantity for line in self.lines)
+        return self.state is OrderState.PENDING_PAYMENT
 
     @property
     def attention_codes(self) -> tuple[str, ...]:
@@ -149,7 +159,7 @@ class Order(Struct, frozen=True, tag_field="v", tag=1):
 
 
 class ShipTo(Struct, frozen=True, tag_field="v", tag=1):
-    """Where an order goes: a copy, which is deleted when its user's account is erased."""
+    """Where an order goes: a copy. When its user's account is erased it goes with the order's end (`forget_by_ms`)."""
 
     name: str
     line1: str

@@ -85,7 +85,7 @@ class OrderSteps:
             PAYMENT_STEP: self.do_payment,
             REFUND_STEP: self.do_refund,
             EXPIRY_STEP: self.do_expiry,
-            FORGET_CUSTOMER: partial(forget_customer, store),
+            FORGET_CUSTOMER: partial(forget_customer, store, self._book),
         }
 
     async def also_parked(self, step: Step, code: str) -> tuple[list[kvstore.Compare], list[kvstore.Operation]]:

@@ -15,6 +15,9 @@ from typing import Any, Final
 
 from services.shoppers.wire import Answer, Refused, Wire
 
+# Where all of them live.
+ADDRESS: Final = {"name": "A Shopper", "line1": "12 Bell Yard", "city": "London", "country": "GB"}
+
 # Tokens are good for 600 s. One that is younger than this is used as it is; from then on any request may renew it.
 RENEW_AFTER_S: Final = (60.0, 240.0)
 # Hashes at one time: as many as there may be cores, so that nobody's request waits for all of them.

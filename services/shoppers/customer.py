@@ -16,7 +16,7 @@ import aiohttp
 from msgspec import Struct
 
 from services.sandbox_psp.failures import OF_ANSWERS, OF_WEBHOOKS
-from services.shoppers.accounts import Account
+from services.shoppers.accounts import ADDRESS, Account
 from services.shoppers.ledger import Ledger, OrderNote
 from services.shoppers.staff import ReturnsDesk
 from services.shoppers.tally import Tally
@@ -42,7 +42,6 @@ POLL_MAX_S: Final = 2.0
 _ACTION_TIMEOUT_S: Final = 5.0
 _ENDED: Final = frozenset({"partially_captured", "captured", "voided", "failed"})
 WORDS: Final = ("hot", "cup", "kettle", "lamp", "oak")
-ADDRESS: Final = {"name": "A Shopper", "line1": "12 Bell Yard", "city": "London", "country": "GB"}
 
 
 class Habits(Struct, frozen=True, kw_only=True):
@@ -131,7 +130,9 @@ class Customer:
         return {sku: self._chance.choice((1, 1, 2)) for sku in skus}
 
     async def _order_at_once(self, lines: dict[str, int]) -> OrderNote:
-        body = {"lines": [{"sku": sku, "quantity": quantity} for sku, quantity in lines.items()]}
+        body: dict[str, Any] = {"lines": [{"sku": sku, "quantity": quantity} for sku, quantity in lines.items()]}
+        if self._happens(0.9):  # who does not say where it goes to is asked by staff
+            body["ship_to"] = ADDRESS
         return await self._place(lines, body, None)
 
     async def _order_a_cart(self, lines: dict[str, int]) -> OrderNote:

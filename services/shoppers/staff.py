@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any, Final
 
-from services.shoppers.accounts import Account
+from services.shoppers.accounts import ADDRESS, Account
 from services.shoppers.ledger import Ledger, OrderNote
 from services.shoppers.tally import Tally
 from services.shoppers.wire import Broken, GaveUp, Refused
@@ -25,6 +25,7 @@ RETURNS_MAX: Final = 10_000
 # What an order may answer where its customer, or a worker, was quicker; a quantity that is not there any more is the
 # same.
 _OVERTAKEN: Final = ("order_state", "not_paid", "amount_too_large", "invalid_body", "too_many_refunds")
+_NO_ADDRESS: Final = "no_delivery_address"
 
 
 class ReturnsDesk:
@@ -183,11 +184,18 @@ class Staff:
             await self._do("/v1/orders/{}/cancel-lines", order["id"], body=body, allowed=_OVERTAKEN)
             return
         known = self._known(order["id"])
-        shipment = await self._do(
-            "/v1/orders/{}/shipments", order["id"],
-            body={"lines": lines, "carrier": "Post", "tracking": f"P{self._chance.getrandbits(32):08X}"},
-            allowed=_OVERTAKEN,
-        )  # fmt: skip
+        try:
+            shipment = await self._do(
+                "/v1/orders/{}/shipments", order["id"],
+                body={"lines": lines, "carrier": "Post", "tracking": f"P{self._chance.getrandbits(32):08X}"},
+                allowed=(*_OVERTAKEN, _NO_ADDRESS),
+            )  # fmt: skip
+        except Refused as refused:
+            if refused.code != _NO_ADDRESS:
+                raise
+            # The customer is asked; it is shipped when the list of orders comes to it again.
+            await self._do("/v1/orders/{}/ship-to", order["id"], body=ADDRESS, allowed=_OVERTAKEN)
+            return
         self._note(order["id"], known, "shipment", shipment["number"], shipment["state"])
 
     async def _deliver(self, order_id: int) -> None:

@@ -157,10 +157,12 @@ class MyAccountApi:
     async def erase_self(self, call: Call, body: ErasureInput) -> web.Response:
         """Erase one's account
 
-        The account is gone with the answer; access tokens are refused within ten seconds. Orders stay, without a name.
+        The account is gone with the answer; access tokens are refused within ten seconds. Orders stay, without a name;
+        those under way are still sent to where they were to go, and then forget it.
         """
         erased = await self._erasure.erase(call.caller.user_id, body.password, origin_of(call.request))
-        return json_response(encode(ErasureBody(erased.id, timestamp(erased.erased_ms), timestamp(erased.free_by_ms))))
+        dates = (erased.erased_ms, erased.free_by_ms, erased.orders_free_by_ms)
+        return json_response(encode(ErasureBody(erased.id, *map(timestamp, dates))))
 
     @get("/v1/users/me/addresses", {200: Page[AddressBody]}, access=Access.SIGNED_IN)
     async def list_addresses(self, call: Call, query: PageQuery) -> web.Response:

@@ -171,11 +171,14 @@ class AcceptedBody(Struct, frozen=True):
 
 
 class ErasureBody(Struct, frozen=True):
-    """By `free_by` history, log and backups hold nothing of the account any more."""
+    """By `free_by` history, log and backups hold nothing of the account any more, but for where orders that are under
+    way go to: they keep that until they have arrived or ended. By `orders_free_by` it is gone as well, at the latest.
+    """
 
     id: int
     erased_at: Timestamp
     free_by: Timestamp
+    orders_free_by: Timestamp
 
 
 def account_body(user: User) -> AccountBody:

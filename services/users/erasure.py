@@ -3,12 +3,14 @@
 Erasure is one transaction: the account, its places in the indexes, sessions, addresses and mailed tokens go, and
 `erased-user/{id}` comes, which keeps the id from being used again. A durable step then takes network addresses and
 agents out of the audit log's entries about it. Orders stay; another step, which the order service's workers do as soon
-as no token of the account is good any more, takes from them what names the person.
+as no token of the account is good any more, takes from them what names the person. An order that is under way keeps
+where it goes to until it has arrived or ended, and no longer than `Retention.orders_s`.
 Counts of attempts name the account by a hash of its email, and end within four hours; the notice of an email change
 that its mailer does not take names the former email for half an hour.
 
 What was current is still in the store's history and log until they are compacted, and in backups until they expire. How
-long that takes is for the deployment to say (`Retention`); the answer gives the date by which all of it is gone.
+long that takes is for the deployment to say (`Retention`); the answer gives the date by which all of it is gone, and
+the date for what orders under way may keep.
 """
 
 from __future__ import annotations
@@ -68,11 +70,13 @@ _TRANSIENT_S: Final = 26 * 3600
 
 class Retention(Struct, frozen=True, kw_only=True):
     """How long the deployment keeps what is no longer current. `history_s`: as the nodes' `--history-age`; `log_s`: the
-    oldest entry of their logs; `backups_s`: until the last backup of today is deleted."""
+    oldest entry of their logs; `backups_s`: until the last backup of today is deleted. `orders_s` is another thing: how
+    long, from when no token is good any more, an order may be under way and keep where it goes to."""
 
     history_s: int = 3600
     log_s: int = 24 * 3600
     backups_s: int = 30 * 24 * 3600
+    orders_s: int = 90 * 24 * 3600
 
     def free_by_ms(self, erased_ms: int) -> int:
         """They run side by side: a backup that is taken later holds nothing of them."""
@@ -227,11 +231,13 @@ class Erasure:
             now = self._clock_ms()
             # Until then a token that was taken along may still place an order that is sent somewhere.
             last_copy_ms = now + int(TOKEN_GONE_AFTER_S * 1000)
-            erased = ErasedUser(user_id, now, self._retention.free_by_ms(last_copy_ms))
+            orders_by_ms = last_copy_ms + self._retention.orders_s * 1000
+            free_by_ms, orders_free_by_ms = map(self._retention.free_by_ms, (last_copy_ms, orders_by_ms))
+            erased = ErasedUser(user_id, now, free_by_ms, orders_free_by_ms)
             txn.put(erased_key(user_id), encode(erased))
             for forget in (
                 steps.put(FORGET_KIND, str(user_id), queue=QUEUE, user=user_id),
-                steps.put(FORGET_CUSTOMER, str(user_id), due_ms=last_copy_ms),
+                steps.put(FORGET_CUSTOMER, str(user_id), due_ms=last_copy_ms, by_ms=orders_by_ms),
             ):
                 txn.put(forget.key, forget.value)
             nowhere = Origin("", "", origin.request_id)

@@ -134,11 +134,13 @@ class AuditEntry(Struct, frozen=True, tag_field="v", tag=1):
 
 
 class ErasedUser(Struct, frozen=True, tag_field="v", tag=1):
-    """`free_by_ms`: when history, log and backups hold nothing of them any more."""
+    """`free_by_ms`: when history, log and backups hold nothing of them any more, but for where orders that are under
+    way go to; `orders_free_by_ms`: when that is gone as well (0: by `free_by_ms`, as older versions did it)."""
 
     id: int
     erased_ms: int
     free_by_ms: int
+    orders_free_by_ms: int = 0
 
 
 decode_user = msgspec.json.Decoder(User).decode

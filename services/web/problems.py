@@ -81,6 +81,7 @@ PROBLEMS: dict[str, Kind] = {
     "too_many_refunds": Kind(409, "Too many refunds of this order"),
     "amount_too_large": Kind(422, "The amount is too large"),
     "not_paid": Kind(409, "The order is not paid"),
+    "no_delivery_address": Kind(409, "The order has no delivery address"),
     "invalid_webhook": Kind(400, "This is no webhook of the provider"),
     "products_changing": Kind(503, "The products of this order are changing too fast", retryable=True),
     # the service and its store

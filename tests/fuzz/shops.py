@@ -40,6 +40,7 @@ WHO: Final = ("nobody", *(role.value for role in Role))
 _EMAIL: Final = "ada@example.com"
 _PASSWORD: Final = "correct horse battery staple"
 _SKUS: Final = ("mug-blue", "0", "A")
+_ADDRESS: Final = {"name": "Ada", "line1": "1 Street", "city": "Town", "country": "DE"}
 _WITHIN_S: Final = 20.0
 _COUNTED: Final = re.compile(r'http_request_seconds_count\{method="(.+)",path="(.+)",status="(\d+)"\} (\d+)')
 
@@ -149,7 +150,7 @@ class FuzzedShop:
     async def _order(self, session: aiohttp.ClientSession, state: int) -> int:
         """Placed (0), paid (1), shipped, delivered, to be returned, return approved (5)."""
         lines = [{"sku": "mug-blue", "quantity": 5}]
-        placed = await self._post(session, "customer", "/v1/orders", lines=lines)
+        placed = await self._post(session, "customer", "/v1/orders", lines=lines, ship_to=_ADDRESS)
         order = f"/v1/orders/{placed['id']}"
         if state >= 1:
             await self._post(session, "customer", f"{order}/payments", token="tok_ok")

@@ -28,7 +28,7 @@ from services.audit.findings import Findings
 from services.audit.places import attention_place, number_of, state_place
 from services.audit.stock import PRODUCT_CHECKS, ProductStock, Promised
 from services.audit.whole import ORDER_CHECKS, Case, Work
-from services.orders import ending, fulfilling, paying
+from services.orders import ending, forgetting, fulfilling, paying
 from services.orders.draft import Draft, Whole, reads, whole_of
 from services.orders.records import (
     CaptureMode,
@@ -37,6 +37,7 @@ from services.orders.records import (
     OrderLine,
     Payment,
     Quantity,
+    ShipTo,
     StockHeld,
     decode_event,
     encode,
@@ -51,6 +52,8 @@ ORDER_ID = 12
 STOCK = 100
 EXPIRES_MS = 1_000
 SKUS = ("cup", "pot", "tin")
+ADDRESS = ShipTo("Ada", "1 Street", "12345", "Town", "DE")
+FORGET_WITHIN_MS = 5_000
 # A worker that makes no more headway than this has an order that never ends.
 STEPS_MAX = 200
 
@@ -124,6 +127,7 @@ class OrderRules(RuleBasedStateMachine):
         writes: list[kvstore.Operation] = [
             kvstore.Put(b"order/12", encode(order)),
             kvstore.Put(state_place(order), b""),
+            kvstore.Put(b"order-address/12", encode(ADDRESS)),
             kvstore.Put(b"order-event/12/000001", encode(EventRecord(ORDER_ID, 1, f"order.{state}", 1))),
         ]
         for line in lines:
@@ -217,6 +221,33 @@ class OrderRules(RuleBasedStateMachine):
         if self.command(lambda draft: fulfilling.ship(draft, (Quantity(sku, count),), "Post", "P")):
             assert before.state is OrderState.CONFIRMED
             assert before.captured >= before.owed
+            assert self.whole().has_address
+
+    @rule()
+    def say_where_to(self) -> None:
+        before = self.order
+        if self.command(lambda draft: fulfilling.send_to(draft, ADDRESS)):
+            assert before.is_under_way
+            assert not 0 < before.forget_by_ms <= self.now_ms
+
+    @rule()
+    def erase_the_customer(self) -> None:
+        """Or do again what follows from it: in time, or as the last time."""
+        by_ms = self.order.forget_by_ms or self.now_ms + FORGET_WITHIN_MS
+        is_last = self.now_ms >= by_ms
+        self.command(lambda draft: forgetting.forget(draft, by_ms, is_last=is_last))
+        if is_last:
+            assert not self.whole().has_address
+
+    @invariant()
+    def an_erased_customers_address_is_there_while_it_is_needed(self) -> None:
+        if not self.shelf.records:
+            return
+        whole = self.whole()
+        if whole.order.forget_by_ms and not whole.order.is_under_way:
+            assert not whole.has_address
+        if whole.order.is_under_way and not 0 < whole.order.forget_by_ms <= self.now_ms:
+            assert whole.has_address
 
     @rule(number=st.integers(1, 3))
     def deliver(self, number: int) -> None:

@@ -25,6 +25,7 @@ from tests.cluster.harness import until
 from tests.services.shop import Person, Shop
 
 WITHIN_S = 20.0
+ADDRESS = {"name": "Ada", "line1": "1 Street", "city": "Town", "country": "DE"}
 
 
 class PaidShop:
@@ -106,8 +107,10 @@ class PaidShop:
         assert answer.status == 200, await answer.text()
         return await answer.json()
 
-    async def placed(self, lines: dict[str, int] | None = None) -> dict[str, Any]:
-        answer = await self.shop.order(self.buyer, lines or {"cup": 2})
+    async def placed(
+        self, lines: dict[str, int] | None = None, ship_to: dict[str, str] | None = ADDRESS
+    ) -> dict[str, Any]:
+        answer = await self.shop.order(self.buyer, lines or {"cup": 2}, ship_to=ship_to)
         assert answer.status == 201, await answer.text()
         order: dict[str, Any] = await answer.json()
         return order

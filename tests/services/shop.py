@@ -155,8 +155,12 @@ class Shop:
             answer = await self.orders.post(f"/v1/products/{sku}/stock", json=body, headers=staff.once())
             assert answer.status == 201, await answer.text()
 
-    async def order(self, buyer: Person, lines: dict[str, int], key: str | None = None) -> ClientResponse:
-        body = {"lines": [{"sku": sku, "quantity": quantity} for sku, quantity in lines.items()]}
+    async def order(
+        self, buyer: Person, lines: dict[str, int], key: str | None = None, ship_to: dict[str, str] | None = None
+    ) -> ClientResponse:
+        body: dict[str, Any] = {"lines": [{"sku": sku, "quantity": quantity} for sku, quantity in lines.items()]}
+        if ship_to is not None:
+            body["ship_to"] = ship_to
         return await self.orders.post("/v1/orders", json=body, headers=buyer.once(key))
 
     async def on_hand(self, sku: str) -> int:

@@ -18,8 +18,10 @@ from services.users.records import (
     sessions_of,
     user_key,
 )
+from services.web.ids import timestamp
 from services.web.tokens import TOKEN_GONE_AFTER_S
 from services.work import steps
+from services.work.kinds import FORGET_CUSTOMER
 from tests.services.shop import PASSWORD, Person, Shop, problem
 
 ME = "/v1/users/me"
@@ -115,6 +117,18 @@ async def test_erasure_leaves_nothing_of_a_person_in_the_current_state(shop: Sho
     tombstone = decode_erased(stored.value)
     assert tombstone.free_by_ms - tombstone.erased_ms == (Retention().backups_s + TOKEN_GONE_AFTER_S) * 1000
     assert (erased["id"], erased["erased_at"] < erased["free_by"]) == (ada.id, True)
+    assert (erased["free_by"], erased["orders_free_by"]) == (
+        timestamp(tombstone.free_by_ms), timestamp(tombstone.orders_free_by_ms),
+    )  # fmt: skip
+    # An order that is under way may keep its address until then; and after that it is in backups for a while.
+    assert tombstone.orders_free_by_ms - tombstone.free_by_ms == Retention().orders_s * 1000
+    [(step, by_ms)] = [
+        (found, found.arguments["by_ms"])
+        for record in (await shop.store.range(prefix=steps.STEPS)).records
+        if (found := steps.decode_step(record.value)).kind == FORGET_CUSTOMER
+    ]
+    assert step.due_ms == tombstone.erased_ms + TOKEN_GONE_AFTER_S * 1000
+    assert by_ms == step.due_ms + Retention().orders_s * 1000
     await problem(await shop.users.get(ME, headers=ada.headers), 401, "invalid_token")
     again = await shop.users.post("/v1/sessions", json={"email": ada.email, "password": PASSWORD})
     await problem(again, 401, "wrong_credentials")
@@ -168,6 +182,10 @@ async def test_an_address_that_is_added_during_erasure_does_not_stay(shop: Shop)
     erased, *_ = await asyncio.gather(erase(shop, ada), *(add() for _ in range(8)))
     assert erased.status == 200
     assert (await shop.store.range(prefix=addresses_of(ada.id))).records == ()
+
+
+def test_a_tombstone_of_an_older_version_says_nothing_of_orders() -> None:
+    assert decode_erased(b'{"v":1,"id":7,"erased_ms":1,"free_by_ms":2}').orders_free_by_ms == 0
 
 
 def test_the_date_is_the_latest_of_all_that_is_kept() -> None:

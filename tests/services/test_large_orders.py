@@ -10,6 +10,7 @@ import pytest
 import kvstore
 from services.orders import fulfilling
 from services.orders.records import EventRecord, encode, event_key, order_key, part_key
+from tests.services.paid_shop import ADDRESS
 from tests.services.shop import Person, Shop, problem
 
 SKUS = 20
@@ -20,7 +21,7 @@ async def _delivered(shop: Shop, staff: Person, buyer: Person) -> tuple[str, lis
     skus = [f"prod-{number:03d}-{'x' * 50}" for number in range(SKUS)]
     for sku in skus:
         await shop.stock(staff, sku, 100, price=0)
-    order = await (await shop.order(buyer, dict.fromkeys(skus, 100))).json()
+    order = await (await shop.order(buyer, dict.fromkeys(skus, 100), ship_to=ADDRESS)).json()
     path = f"/v1/orders/{order['id']}"
     lines = [{"sku": sku, "quantity": 100} for sku in skus]
     parcel = {"lines": lines, "carrier": "Post", "tracking": "P"}

@@ -20,7 +20,7 @@ from services.orders import paying
 from services.sandbox_psp.process import API_KEY
 from services.work import steps as work_steps
 from tests.cluster.harness import until
-from tests.services.paid_shop import PaidShop
+from tests.services.paid_shop import ADDRESS, PaidShop
 
 ACTORS: Final = 8
 ACTIONS_EACH: Final = 80
@@ -40,7 +40,7 @@ RATES: Final = {
 REFUSALS: Final = {
     "order_state", "payment_in_progress", "too_many_payments", "amount_too_large", "not_found", "not_paid",
     "invalid_body", "not_in_order", "insufficient_stock", "contended", "too_many_refunds", "cart_ordered",
-    "cart_changed",
+    "cart_changed", "no_delivery_address",
 }  # fmt: skip
 
 
@@ -74,6 +74,8 @@ class Crowd:
                 )
                 assert answer.status == 200, await answer.text()
             body = {"cart_id": cart["id"]}
+        if self.chance.random() < 0.9:
+            body["ship_to"] = ADDRESS
         for order in await self._say("place", "/v1/orders", body, by_staff=False):
             if order["id"] not in self.orders:
                 self.orders.append(order["id"])
@@ -96,6 +98,7 @@ class Crowd:
             ("refund", "/refunds", {"reason": "goodwill", **amount}, True, 1),
             ("cancel", "/cancel", {"reason": "no"}, False, 1),
             ("cancel lines", "/cancel-lines", {**some, "reason": "gone"}, True, 2),
+            ("say where to", "/ship-to", ADDRESS, False, 1),
             ("ship", "/shipments", {**some, "carrier": "Post", "tracking": "P"}, True, 8),
             ("deliver", f"/shipments/{number}/deliver", None, True, 5),
             ("return", "/returns", {**some, "reason": "too blue"}, False, 5),
@@ -152,7 +155,7 @@ def _next(order: dict[str, Any]) -> list[str]:
         return ["return", "approve", "receive", "refund"]
     if any(line["delivered"] < line["shipped"] for line in lines):
         return ["deliver"]
-    return ["ship"]
+    return ["ship", "say where to"]
 
 
 def told(report: Report) -> str:
