@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import kvstore
-from services.audit import answers, forgotten, goods, history, money  # noqa: F401  they declare the checks
+from services.audit import answers, erased, forgotten, goods, history, money  # noqa: F401  they declare the checks
 from services.audit.findings import declare
 from services.audit.places import attention_place, state_place, user_place
 from services.audit.stock import Promised
@@ -59,18 +59,21 @@ class OrderPass:
         addresses = Grouped(self._view, ADDRESSES, self._orphan)
         async for batch in batched(self._view.scan(ORDERS), _BATCH):
             orders: list[tuple[bytes, Order, dict[str, list[Any]]]] = []
+            with_address: set[int] = set()
             for record in batch:
                 name = record.key[len(ORDERS) :]
                 taken = {kind: await group.take(name) for kind, group in groups.items()}
-                await addresses.take(name)
+                address = await addresses.take(name)
                 order = self._view.decode(decode_order, record)
                 if order is None:
                     continue
                 if name != b"%d" % order.id:
                     self._view.findings.add(RECORD_KEY, record.key, f"order/{order.id}", record.key.decode())
+                if address:
+                    with_address.add(order.id)
                 parts = {kind: self._decoded(kind, order.id, found) for kind, found in taken.items()}
                 orders.append((record.key, order, parts))
-            await self._check(orders)
+            await self._check(orders, with_address)
         for group in (*groups.values(), addresses):
             await group.finish()
 
@@ -90,7 +93,7 @@ class OrderPass:
                 found.append(part)
         return found
 
-    async def _check(self, orders: list[tuple[bytes, Order, dict[str, list[Any]]]]) -> None:
+    async def _check(self, orders: list[tuple[bytes, Order, dict[str, list[Any]]]], with_address: set[int]) -> None:
         view = self._view
         state_places = await view.get([state_place(order) for _, order, _ in orders], keys_only=True)
         user_places = await view.get([user_place(order) for _, order, _ in orders], keys_only=True)
@@ -111,6 +114,7 @@ class OrderPass:
                 in_user_index=user_places[at] is not None,
                 attention=why.value.decode(errors="replace") if why is not None else None,
                 cart=view.decode(decode_cart, cart) if cart is not None and order.cart_id else None,
+                has_address=order.id in with_address,
             )
             ORDER_CHECKS.run(case, view.findings)
             self._count(case)

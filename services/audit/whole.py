@@ -39,6 +39,7 @@ class Case(Struct, frozen=True):
     in_user_index: bool
     attention: str | None
     cart: Cart | None
+    has_address: bool
 
     def part(self, kind: str, number: int) -> bytes:
         """The key of a part."""

@@ -45,6 +45,7 @@ from services.orders.records import (
 from services.orders.states import OrderState
 from services.web.problems import Problem
 from services.work import steps
+from services.work.kinds import FORGET_CUSTOMER
 from services.work.steps import Step, decode_step
 from tests.property.order_shelf import Account, Bank, Shelf
 
@@ -503,11 +504,16 @@ class OrderRules(RuleBasedStateMachine):
             shipments=tuple(whole.shipments.values()),
             returns=tuple(whole.returns.values()),
             events=tuple(decode_event(record.value) for record in self.shelf.prefixed(b"order-event/12/")),
-            work=Work(frozenset(f"{step.kind}/{step.subject}" for step in self.steps()), frozenset()),
+            # Whoever is erased has the step that follows from it.
+            work=Work(
+                frozenset([f"{FORGET_CUSTOMER}/7", *(f"{step.kind}/{step.subject}" for step in self.steps())]),
+                frozenset(),
+            ),
             in_state_index=states == [state_place(order)],
             in_user_index=True,
             attention=attention.value.decode() if attention is not None else None,
             cart=None,
+            has_address=whole.has_address,
         )
 
     def stocks(self, case: Case) -> list[ProductStock]:

@@ -16,6 +16,7 @@ from services.audit.command import COULD_NOT
 from services.audit.findings import CODES, KEPT_OF_CODE_MAX
 from services.audit.run import CannotAudit, Report, audit
 from services.payments.provider import Charge, ChargeEntry
+from tests.services import damaged_addresses  # noqa: F401  more of them
 from tests.services.busy_shop import FixedBooks, Snapshot, take_snapshot
 from tests.services.damages import DAMAGES, Damage, Damaged
 
