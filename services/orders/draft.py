@@ -68,7 +68,7 @@ EXPIRY_STEP: Final = "expire"
 
 # More than twice as many as there are (docs/services.md lists them), so that none is ever dropped for another; and yet
 # a code that is made of data by mistake does not make an order's record grow with each failure.
-ATTENTION_CODES_MAX: Final = 32
+ATTENTION_CODES_MAX: Final = 40
 
 
 class Whole(Struct, frozen=True):
