@@ -17,7 +17,7 @@ from tests.services.shop import Person, Shop, problem
 
 
 def whole(order: Order) -> Whole:
-    return Whole(order, 1, {}, {}, {}, {})
+    return Whole(order, 1, {}, {}, {}, {}, has_address=True)
 
 
 @pytest.fixture
