@@ -52,6 +52,10 @@ POINTS = (
     Point(kind=Kind.GET_LOCAL, connections=64),
     Point(kind=Kind.GET_LOCAL, connections=64, pipeline=16),
 )
+# The share is judged for linearizable requests that are sent one after another on each connection. Local reads and
+# pipelines are for information: they cost 7 to 16 us where every record lies in a cache, and to find one that does not
+# takes RocksDB 4 to 5.
+JUDGED = POINTS[0], POINTS[2]
 # Nodes that together use less of a core than this have nothing left to compact.
 _QUIET_CORES = 0.15
 _QUIET_WITHIN_S = 120.0
@@ -260,7 +264,8 @@ def judge(options: Options, told: Report) -> list[Bound]:
         few, many = (_rate(told, point, records) for records in (options.small, options.records))
         if few and many:
             name = f"{_named(point)}: {options.records:,} records as a share of {options.small:,}"
-            judged.append(Bound(name=name, value=many / few, unit="", digits=2, at_least=RATIO))
+            at_least = RATIO if point in JUDGED else None
+            judged.append(Bound(name=name, value=many / few, unit="", digits=2, at_least=at_least))
     return judged
 
 
