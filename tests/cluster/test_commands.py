@@ -211,7 +211,7 @@ async def begin(cluster: ClusterProcesses) -> AsyncIterator[Begin]:
             each.process.kill()
         if each.command_pid and not await each.is_command_gone():  # where it fails
             os.kill(each.command_pid, signal.SIGKILL)
-        await each.process.wait()
+        await each.end()  # its output, too: what the command had open is closed a moment later
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
