@@ -1,7 +1,7 @@
 """A process that does the order service's durable steps: `python -m services worker`. Any number may run.
 
 It serves nobody. Asked to (`Listener`), it answers whoever looks after it, as the services do: `/livez`, `/readyz` (it
-has its lease, and reaches the store) and `/metrics` (`services/work/metrics.py`).
+has its lease, and reaches the store) and `/metrics` (`services.work.metrics`).
 """
 
 from __future__ import annotations
