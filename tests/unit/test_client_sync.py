@@ -250,11 +250,10 @@ def test_a_signal_whose_handler_raises_ends_the_call(kv: SyncClient, alarm: Call
             next(watch)
         kv.put(b"k", b"")
         assert next(watch).key == b"k", "nobody else waits there"
-    with kv.lock("a"):
-        with pytest.raises(TimeoutError):  # noqa: PT012
-            alarm()
-            with kv.lock("a"):
-                raise AssertionError("it is held")
+    with kv.lock("a"), pytest.raises(TimeoutError):  # noqa: PT012
+        alarm()
+        with kv.lock("a"):
+            raise AssertionError("it is held")
     with kv.lock("a", wait_s=WITHIN_S):
         pass
 
